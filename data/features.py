@@ -1,0 +1,84 @@
+"""Audio features. The only file of data/ that uses torch, imported when the first clip comes."""
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import MelSpectrogram
+
+WINDOW_SECONDS = 0.025
+
+
+@lru_cache(maxsize=8)
+def _mel_transform(sample_rate: int, num_mels: int, hop: int) -> "MelSpectrogram":
+    from torchaudio.transforms import MelSpectrogram
+
+    window = round(WINDOW_SECONDS * sample_rate)
+    return MelSpectrogram(
+        sample_rate=sample_rate,
+        n_fft=2 ** math.ceil(math.log2(window)),
+        win_length=window,
+        hop_length=hop,
+        n_mels=num_mels,
+    )
+
+
+def log_mel(
+    waveform: np.ndarray,
+    sample_rate: int,
+    *,
+    num_mels: int,
+    num_frames: int,
+    hop_seconds: float,
+    floor: float,
+) -> np.ndarray:
+    """Natural logarithm of the mel power spectrum, `log(mel + floor)`.
+
+    Hann windows of 25 ms, centred on multiples of the hop (reflected at the ends), HTK mel scale
+    from 0 Hz to half the sample rate (the defaults of torchaudio.transforms.MelSpectrogram).
+    A clip shorter than `num_frames * hop` is padded with zeros at its end, a longer one is cut at
+    its end. Runs on one thread, so that preparing leaves the other cores alone.
+
+    Args:
+        waveform: mono clip (T,), float32 or float64, T >= 1.
+        sample_rate: in Hz.
+        num_mels: mel bands.
+        num_frames: frames of the result.
+        hop_seconds: time between frames; with the sample rate a whole number of samples.
+        floor: smallest power that matters, in squared waveform units.
+
+    Returns:
+        float32 (1, num_mels, num_frames).
+    """
+    import torch
+
+    hop = round(hop_seconds * sample_rate)
+    clip = np.zeros(num_frames * hop, dtype=np.float32)
+    used = min(len(waveform), len(clip))
+    clip[:used] = waveform[:used]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        mel = _mel_transform(sample_rate, num_mels, hop)(torch.from_numpy(clip)[None])
+        # Centring gives one frame more than hops: its window lies half behind the clip.
+        return torch.log(mel[..., :num_frames] + floor).numpy()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def resample(waveform: np.ndarray, sample_rate: int, target_rate: int) -> np.ndarray:
+    """Band-limited resampling (sinc with a Hann window) of a mono clip (T,), float32.
+
+    Returns:
+        float32 (ceil(T * target_rate / sample_rate),); the clip itself when the rates are equal.
+    """
+    if sample_rate == target_rate:
+        return waveform
+    import torch
+    from torchaudio.functional import resample as torch_resample
+
+    clip = torch.from_numpy(np.asarray(waveform, dtype=np.float32))
+    return torch_resample(clip, sample_rate, target_rate).numpy()

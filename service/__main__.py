@@ -1,0 +1,186 @@
+"""`midas`: verbs, flags and exit codes. Parses, calls, prints; heavy imports happen in the verbs."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from service.config import RunConfig
+    from service.console import Console
+
+DESCRIPTION = """\
+Train multimodal models that use all their modalities: MIDAS and its rivals on Ray.
+
+  midas train digits                      prepare data, train with 2 workers, test
+  midas train digits --method joint       a control, same harness
+  midas train digits --optim.lr 3e-3      change any setting
+  midas train digits --dry-run            show the plan, start nothing
+  midas ui                                look at the runs
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `midas` command; returns the exit code."""
+    args, rest = _parser().parse_known_args(argv)
+    if rest and args.verb in ("ui", "evaluate"):
+        _parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
+    from service.console import Console
+    from service.environment import configure_ray
+
+    configure_ray()
+    console = Console(json_mode=args.json)
+    try:
+        result = VERBS[args.verb](args, rest, console)
+    except KeyboardInterrupt:
+        console.error_panel("stopped; the same command with the same --name continues the run")
+        return 130
+    except Exception as error:
+        from data.schema import DataError
+        from service.config import ConfigError
+        from service.launch import RunError
+
+        if args.debug:
+            traceback.print_exc()
+        expected = isinstance(error, DataError | ConfigError | RunError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected else "; this is unexpected, --debug shows where it happened"
+        console.error_panel(f"{kind}{error}{hint}")
+        return 1
+    if args.json:
+        console.json_line(result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument(
+        "--json", action="store_true", help="print one flat JSON object as last line"
+    )
+    common.add_argument("--debug", action="store_true", help="show traces and Ray's own output")
+    parser = argparse.ArgumentParser(
+        "midas", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, *, preset: bool) -> argparse.ArgumentParser:
+        more = " All settings: midas train PRESET --help." if preset else ""
+        sub = verbs.add_parser(
+            name,
+            help=text,
+            description=f"{text}.{more}",
+            parents=[common],
+            allow_abbrev=False,
+            add_help=not preset,
+        )
+        if preset:
+            sub.add_argument("preset", nargs="?", help="name in tune_configs/, or a YAML file")
+        return sub
+
+    verb("prepare", "turn raw files into shards and a manifest", preset=True)
+    train = verb("train", "train, pick the best checkpoint, test it", preset=True)
+    train.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    compare = verb("compare", "train methods over seeds and print a table", preset=True)
+    compare.add_argument("--methods", nargs="+", default=["joint", "joint_uni", "midas"])
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    evaluate = verb("evaluate", "evaluate the best checkpoint of a run", preset=False)
+    evaluate.add_argument("run", help="run name, or its folder")
+    evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
+    evaluate.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
+    ui = verb("ui", "open the MLflow UI on this machine", preset=False)
+    ui.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
+    ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
+    return parser
+
+
+def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
+    """Preset, overridden by the remaining flags."""
+    import tyro
+
+    from service.config import ConfigError, RunConfig, load_preset, preset_names
+
+    if args.preset is None and not {"-h", "--help"} & set(rest):
+        raise ConfigError(
+            f"midas {args.verb} needs a preset ({', '.join(preset_names())}) or a YAML file first"
+        )
+    default = load_preset(args.preset) if args.preset else RunConfig()
+    return tyro.cli(
+        RunConfig, default=default, args=rest, prog=f"midas {args.verb} {args.preset or 'PRESET'}"
+    )
+
+
+def _prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from data.prepare import default_folder, prepare
+
+    config = _config(args, rest)
+    folder = default_folder(config.data, Path(config.storage))
+    with console.counter("preparing") as progress:
+        report = prepare(config.data, folder, progress)
+    console.prepared(report)
+    return {
+        "read": report.read,
+        "written": report.written,
+        "rejected": len(report.rejected),
+        "reused": report.reused,
+        "folder": str(report.folder),
+        "digest": report.manifest.digest,
+        "seconds": report.seconds,
+    }
+
+
+def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import launch
+
+    config = _config(args, rest)
+    if args.dry_run:
+        from service.plan import make_plan
+
+        plan = make_plan(config)
+        console.plan(plan)
+        return plan
+    console.status("starting")
+    with console.counter("preparing") as progress:
+        launch.ensure_prepared(config, progress)
+    outcome = launch.train(config, view=console.progress, debug=args.debug)
+    console.summary(outcome)
+    return outcome.result
+
+
+def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service.compare import compare
+
+    return compare(_config(args, rest), args.methods, args.seeds, console, debug=args.debug)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import launch
+
+    console.status(f"evaluating {args.run} on {args.split}")
+    result = launch.evaluate(args.run, args.storage, args.split, debug=args.debug)
+    console.metrics_table(result)
+    return result
+
+
+def _ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import tracking
+    from service.environment import environment
+
+    uri = tracking.tracking_uri(Path(args.storage), environment()["MLFLOW_TRACKING_URI"])
+    command, env = tracking.ui_command(uri, "127.0.0.1", args.port)
+    console.status(f"MLflow UI of {uri}: http://127.0.0.1:{args.port} (Ctrl-C ends it)")
+    os.execvpe(command[0], command, {**os.environ, **env})
+
+
+VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, Any]]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "ui": _ui,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

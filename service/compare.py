@@ -1,0 +1,68 @@
+"""`midas compare`: methods times seeds on one preset, one Ray session, one table."""
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from data.schema import load_manifest
+from service import launch
+from service.config import ConfigError, RunConfig, explain
+
+if TYPE_CHECKING:
+    from service.console import Console
+
+
+def variants(config: RunConfig, methods: list[str], seeds: list[int]) -> list[RunConfig]:
+    """One config per method and seed, named `<name or data set>-<method>-seed<seed>`.
+
+    Raises:
+        ConfigError: a method does not exist, or a setting does not fit it.
+    """
+    base = config.model_dump(mode="json")
+    found = []
+    for method in methods:
+        for seed in seeds:
+            name = f"{config.name or config.data.name}-{method}-seed{seed}"
+            train = base["train"] | {"seed": seed}
+            try:
+                changed = base | {"method": method, "train": train, "name": name}
+                found.append(RunConfig.model_validate(changed))
+            except ValueError as error:
+                text = explain(error) if hasattr(error, "errors") else str(error)  # pyright: ignore[reportArgumentType]
+                raise ConfigError(f"cannot compare {method}: {text}") from error
+    return found
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, float]:
+    """`<method>/<metric>/mean` and `/std` (sample standard deviation) over runs of a method."""
+    summary: dict[str, float] = {}
+    for method in dict.fromkeys(result["method"] for result in results):
+        runs = [result for result in results if result["method"] == method]
+        for key in runs[0]:
+            values = [run[key] for run in runs if isinstance(run.get(key), int | float)]
+            if key.startswith("test/") and len(values) == len(runs):
+                summary[f"{method}/{key}/mean"] = statistics.fmean(values)
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                summary[f"{method}/{key}/std"] = spread
+    return summary
+
+
+def compare(
+    config: RunConfig, methods: list[str], seeds: list[int], console: "Console", *, debug: bool
+) -> dict[str, Any]:
+    """Train every method with every seed; finished runs of the same names are not run again.
+
+    Returns:
+        `summarize` of all results, plus `runs`.
+    """
+    runs = variants(config, methods, seeds)
+    with console.counter("preparing") as progress:
+        folder = launch.ensure_prepared(config, progress)
+    launch.check_plan(config, load_manifest(folder))
+    results = []
+    with launch.ray_session(config, debug=debug):
+        for number, run in enumerate(runs, 1):
+            console.status(f"run {number} of {len(runs)}: {run.name}")
+            results.append(launch.train(run, view=console.progress, debug=debug).result)
+    summary = summarize(results)
+    console.comparison(summary, methods, len(seeds))
+    return {**summary, "runs": len(results)}

@@ -1,0 +1,214 @@
+"""RunConfig: everything that decides what a run computes; read from YAML, overridden by flags.
+
+Each section is defined beside the code it configures; here they are put together, checked against
+each other, and errors are turned into sentences.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.sources import DataConfig
+from training.encoders import ModelConfig
+from training.methods import MidasConfig, OgmGeConfig
+from training.optim import OptimConfig
+
+PRESETS = Path(__file__).parent.parent / "tune_configs"
+MethodName = Literal["midas", "joint", "joint_uni", "unimodal", "ogm_ge"]
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names value, rule and remedy."""
+
+
+class TrainConfig(BaseModel):
+    """Batches, seeds and intervals."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(0, ge=0)
+    """Training seed: initial weights, order of rows, pairing."""
+    global_batch_size: int = Field(64, ge=2)
+    """Rows of one optimizer step, over all workers."""
+    lanes: int = Field(8, ge=1)
+    """Lanes of the row order; a multiple of every number of workers you want equal results for."""
+    shuffle_window_mib: int = Field(256, ge=1)
+    """Memory of one shuffle window over all workers, in MiB."""
+    eval_every_epochs: int = Field(1, ge=1)
+    """Epochs between validations; a checkpoint is written after each."""
+
+
+class ScalingConfig(BaseModel):
+    """How many processes train, and on what."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_workers: int = Field(2, ge=1)
+    """Data-parallel workers, one process each."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes one GPU a worker where the cluster has enough of them."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores, and threads, of one worker."""
+    max_failures: int = Field(2, ge=0)
+    """Worker crashes after which the run is given up; each continues at the last checkpoint."""
+
+
+class RunConfig(BaseModel):
+    """One training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: MethodName = "midas"
+    """Training method; the controls run in the same harness."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    midas: MidasConfig = MidasConfig()
+    ogm_ge: OgmGeConfig = OgmGeConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    experiment: str = "midas"
+    """MLflow experiment."""
+    storage: str = "runs"
+    """Folder for prepared data, runs and the local MLflow store; shared by all nodes."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Run name; the same name continues a stopped run. None makes a new one from the time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        workers, batch, lanes = (
+            self.scaling.num_workers,
+            self.train.global_batch_size,
+            self.train.lanes,
+        )
+        if batch % workers:
+            low = batch // workers * workers
+            raise ValueError(
+                f"train.global_batch_size={batch} is not divisible by "
+                f"scaling.num_workers={workers}; every worker gets the same share of a batch; use "
+                f"{low or workers} or {low + workers}, or change scaling.num_workers"
+            )
+        if lanes % workers or batch % lanes:
+            fits = [n for n in range(workers, batch + 1, workers) if batch % n == 0]
+            raise ValueError(
+                f"train.lanes={lanes} must be a multiple of scaling.num_workers={workers} and "
+                f"divide train.global_batch_size={batch}; use one of {fits[:8]}"
+            )
+        if self.method == "midas":
+            groups = self.midas.pair_groups
+            if lanes % groups or (groups != 1 and groups % workers):
+                raise ValueError(
+                    f"midas.pair_groups={groups} must divide train.lanes={lanes} and be 1 or a "
+                    f"multiple of scaling.num_workers={workers}"
+                )
+        if self.warmup_epochs >= self.optim.epochs:
+            raise ValueError(
+                f"midas.warmup_epochs={self.warmup_epochs} leaves no main phase in "
+                f"optim.epochs={self.optim.epochs}; the best checkpoint is taken from the main "
+                "phase only; use fewer warm-up epochs or more epochs"
+            )
+        return self
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs before the main phase; only MIDAS has them."""
+        return self.midas.warmup_epochs if self.method == "midas" else 0
+
+    @property
+    def method_sections(self) -> dict[str, BaseModel]:
+        """Config section of every configurable method, by method name."""
+        return {"midas": self.midas, "ogm_ge": self.ogm_ge}
+
+    def resolved(self) -> dict[str, Any]:
+        """JSON values of everything that decides the result: sections of other methods left out."""
+        values = self.model_dump(mode="json")
+        for name in self.method_sections:
+            if name != self.method:
+                del values[name]
+        return values
+
+
+def preset_names() -> list[str]:
+    """Names that `load_preset` knows."""
+    return sorted(path.stem.removesuffix("_midas") for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(name: str) -> RunConfig:
+    """Read a config by preset name (`digits`) or path of a YAML file.
+
+    Raises:
+        ConfigError: no such preset or file, bad YAML, unknown key or bad value.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"config file {name} does not exist; give an existing YAML file")
+    else:
+        path = PRESETS / f"{name}_midas.yaml"
+        if not path.is_file():
+            path = PRESETS / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no preset {name!r}; presets are {', '.join(preset_names())}"
+                f"{_did_you_mean(name, preset_names())}; or give the path of a YAML file"
+            )
+    return parse_config(path.read_text(), str(path))
+
+
+def parse_config(text: str, origin: str) -> RunConfig:
+    """Validate YAML text; `origin` names it in errors.
+
+    Raises:
+        ConfigError: as for `load_preset`.
+    """
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a validation error as one sentence, with the nearest valid name."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in problem["loc"][:-1]:
+            field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+            section = field.annotation if field else None
+        valid = list(getattr(section, "model_fields", {}))
+        return (
+            f"unknown key {where}{_did_you_mean(str(problem['loc'][-1]), valid)}; "
+            f"valid keys here: {', '.join(valid)}"
+        )
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}={problem['input']!r}: {message}" if where else message
+
+
+def _did_you_mean(name: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def config_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, readable by `parse_config`."""
+    return yaml.safe_dump(config.resolved(), sort_keys=False)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for every value that differs between two resolved configs."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,24 @@
+"""The files of a run folder, by name, and how they are written: whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "config.yaml"
+RESULT_NAME = "result.json"
+RUN_NAME = "run.json"
+PROGRESS_NAME = "progress.json"
+HISTORY_NAME = "history.jsonl"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None if there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content; readers see the old content or the new, never a part."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
+    os.replace(part, path)

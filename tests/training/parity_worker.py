@@ -1,0 +1,133 @@
+"""Trains every case on fixed global batches, as one process or as one of two gloo ranks."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.training.toys import random_batch, tiny_method
+from training.batch import Batch
+from training.distributed import gather_rows, rank, row_counts, world_size
+from training.loop import Hooks, fit
+from training.methods.base import EpochData, Method
+
+NUM_LANES, NUM_EPOCHS, WARMUP_EPOCHS = 4, 4, 2
+ROWS_A, ROWS_B = 2, 3
+
+CASES: dict[str, dict[str, Any]] = {
+    "joint": {"name": "joint"},
+    "joint_uni": {"name": "joint_uni"},
+    "unimodal": {"name": "unimodal"},
+    "ogm_ge": {"name": "ogm_ge"},
+    "midas": {"name": "midas"},
+    "midas_groups": {"name": "midas", "pair_groups": 2},
+    "midas_four_groups": {"name": "midas", "pair_groups": 4, "num_modalities": 3},
+    "midas_uneven_groups": {"name": "midas", "pair_groups": 3, "num_modalities": 3},
+    "midas_official": {"name": "midas", "variant": "official_code"},
+    "midas_input": {
+        "name": "midas",
+        "mix_level": "input",
+        "pairing": "confusion",
+        "alpha_flip": "carry",
+        "num_modalities": 3,
+    },
+}
+
+
+def global_batches(num_modalities: int) -> list[Batch]:
+    """Five batches: even; rank 0 with one class only; one class only; two uneven ones."""
+    even, one_class, equal, *uneven = (
+        random_batch(seed, rows, num_modalities, NUM_LANES, torch.float64)
+        for seed, rows in enumerate((12, 12, 12, 7, 9))
+    )
+    one_class.label[one_class.lane < 2] = 0
+    equal.label[:] = 1
+    lanes = ([0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 2, 2, 2, 3, 3, 3])  # 5 and 2, 3 and 6 rows
+    uneven = [
+        replace(batch, lane=torch.tensor(lane)) for batch, lane in zip(uneven, lanes, strict=True)
+    ]
+    return [even, one_class, equal, *uneven]
+
+
+def own_part(batch: Batch) -> Batch:
+    """This rank's rows: the lanes it owns."""
+    mine = batch.lane * world_size() // NUM_LANES == rank()
+    return replace(
+        batch,
+        inputs={name: value[mine] for name, value in batch.inputs.items()},
+        label=batch.label[mine],
+        sample_id=batch.sample_id[mine],
+        lane=batch.lane[mine],
+    )
+
+
+def wrap(method: Method) -> nn.Module:
+    return DistributedDataParallel(method) if world_size() > 1 else method
+
+
+def train(name: str, num_modalities: int = 2, **midas) -> dict[str, Any]:
+    """State before and after 20 steps, metrics of the epochs, alpha after every epoch."""
+    method = tiny_method(name, num_modalities, warmup_epochs=WARMUP_EPOCHS, **midas).double()
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1, momentum=0.9)
+    metrics, steps = [], []
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        return iter([own_part(batch) for batch in global_batches(num_modalities)])
+
+    fit(
+        method,
+        optimizer,
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
+        Hooks(
+            wrap=wrap,
+            train_batches=batches,
+            data=EpochData(train=lambda: batches(0), val=lambda: batches(0)),
+            validate=dict,
+            on_step=lambda progress, totals: steps.append(float(totals["loss_sum"])),
+            on_epoch=lambda epoch, values: metrics.append(values),
+        ),
+        seed=1,
+        start_epoch=0,
+        num_epochs=NUM_EPOCHS,
+        eval_every_epochs=1,
+    )
+    return {"before": before, "state": method.state_dict(), "metrics": metrics, "steps": steps}
+
+
+def gather_loss(rows: Tensor, part: int) -> Tensor:
+    """A loss over all gathered rows that differs from rank to rank."""
+    weights = torch.linspace(-1, 1, rows.numel(), dtype=rows.dtype).reshape(rows.shape)
+    return (rows.square() * weights.roll(part, dims=0)).sum() * (part + 1)
+
+
+def gather_gradient() -> dict[str, Tensor]:
+    """Gathered rows and the gradient of this rank's rows, of the sum of all ranks' losses."""
+    everything = torch.arange(10.0, dtype=torch.float64).reshape(ROWS_A + ROWS_B, 2)
+    own = everything.split([ROWS_A, ROWS_B])[rank()] if world_size() > 1 else everything
+    own = own.clone().requires_grad_()
+    gathered = gather_rows(own, row_counts(len(own), own.device))
+    parts = [rank()] if world_size() > 1 else [0, 1]
+    torch.stack([gather_loss(gathered, part) for part in parts]).sum().backward()
+    assert own.grad is not None
+    return {"rows": gathered.detach(), "grad": own.grad}
+
+
+def run_cases() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {name: train(**case) for name, case in CASES.items()}
+    return results | {"gather": gather_gradient()}
+
+
+def main(process: int, folder: str) -> None:
+    """Entry of a spawned rank: results go to `folder`/<rank>.pt."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=process, world_size=2
+    )
+    torch.save(run_cases(), Path(folder) / f"{process}.pt")
+    dist.destroy_process_group()

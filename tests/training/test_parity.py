@@ -1,0 +1,79 @@
+"""Two gloo ranks equal one process on the same global batches, for every method (methods.md 2.7)."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.training import parity_worker
+from tests.training.parity_worker import CASES, ROWS_A
+from training.methods import METHODS
+
+TIMINGS = ("time/", "data/")
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    results = parity_worker.run_cases()
+    torch.set_num_threads(threads)
+    return results
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(parity_worker.main, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_every_method_has_a_case():
+    assert {case["name"] for case in CASES.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process(case, one, two):
+    """20 steps with a change from warm-up to main phase, uneven and unpairable batches."""
+    alone = one[case]
+    for ranks in two:
+        assert ranks[case]["state"].keys() == alone["state"].keys()
+        for key, value in alone["state"].items():
+            torch.testing.assert_close(
+                ranks[case]["state"][key],
+                value,
+                atol=1e-6,
+                rtol=0,
+                msg=lambda m, k=key: f"{k}: {m}",
+            )
+        assert len(ranks[case]["steps"]) == 20
+        assert ranks[case]["steps"] == pytest.approx(alone["steps"], abs=1e-6)
+        for got, want in zip(ranks[case]["metrics"], alone["metrics"], strict=True):
+            comparable = {k: v for k, v in want.items() if not k.startswith(TIMINGS)}
+            assert {k: got[k] for k in comparable} == pytest.approx(comparable, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_exactly(case, two):
+    for key, value in two[0][case]["state"].items():
+        assert torch.equal(value, two[1][case]["state"][key]), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_runs_did_something(case, one):
+    """Parameters that learn moved, and alpha left 1 at some time, so that equality means something."""
+    run = one[case]
+    moved = [k for k, v in run["state"].items() if not torch.equal(v, run["before"][k])]
+    assert any(".encoders." in key for key in moved)
+    if case.startswith("midas"):
+        assert any(".fusion." in key for key in moved)
+        means = [v for m in run["metrics"] for k, v in m.items() if k.startswith("alpha_mean/")]
+        assert max(means) > 1
+
+
+def test_gathered_rows_pass_gradients_back(one, two):
+    """Rank-dependent losses: each rank gets its rows' gradient of the sum of both losses."""
+    alone = one["gather"]
+    for ranks, own in zip(two, (slice(0, ROWS_A), slice(ROWS_A, None)), strict=True):
+        assert torch.equal(ranks["gather"]["rows"], alone["rows"])
+        torch.testing.assert_close(ranks["gather"]["grad"], alone["grad"][own], atol=1e-12, rtol=0)

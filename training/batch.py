@@ -1,0 +1,74 @@
+"""What flows between the loop, a method and the reader: Batch, Progress, StepOutput.
+
+Shapes: B rows of this rank's part of the global batch.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one global batch; the parts of ranks 0..W-1, concatenated, are the batch.
+
+    Attributes:
+        inputs: modality name -> (B, ...) tensor, dtype as described by the manifest.
+        label: (B,) int64 class ids.
+        sample_id: (B,) int64, unique in the data set.
+        lane: (B,) int64, non-decreasing: the lane of the global order a row came from. Lanes do not
+            depend on the number of workers, so whatever is grouped by lane does not either.
+        num_lanes: number of lanes of the global order.
+        global_rows: rows of the whole global batch, over all ranks.
+    """
+
+    inputs: dict[str, Tensor]
+    label: Tensor
+    sample_id: Tensor
+    lane: Tensor
+    num_lanes: int
+    global_rows: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands; the only source of randomness in a step.
+
+    Attributes:
+        seed: training seed of the run.
+        epoch: 0-based epoch.
+        step: 0-based step inside the epoch.
+        num_epochs: epochs of the whole run.
+    """
+
+    seed: int
+    epoch: int
+    step: int
+    num_epochs: int
+
+    def stream_seed(self, *stream: int | str) -> int:
+        """A 63-bit seed from (seed, epoch, step, *stream); equal on every rank."""
+        text = repr((self.seed, self.epoch, self.step, *stream)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+    def generator(self, *stream: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator seeded by (seed, epoch, step, *stream), on `device`."""
+        return torch.Generator(device).manual_seed(self.stream_seed(*stream))
+
+
+@dataclass
+class StepOutput:
+    """Result of one forward pass of a method; the same fields for every method.
+
+    Attributes:
+        loss: scalar. Every term is `world_size * local_sum / global_count`, so that the mean over
+            ranks that DDP takes of the gradients is the gradient of the global mean.
+        sums: name -> detached tensor of any shape, this rank's sums. The loop adds them over ranks
+            once per step, in one fp64 all-reduce. `loss_sum` () and `rows` () are always there:
+            mean training loss of the epoch is sum(loss_sum) / sum(rows).
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]

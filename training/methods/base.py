@@ -1,0 +1,145 @@
+"""Method: what a balanced-learning method may change about training. The loop knows nothing else.
+
+The loop runs, for every epoch,
+
+    method.set_phase(epoch)                       freeze/unfreeze; a change makes the loop re-wrap
+    method.before_epoch(data, progress)           passes over the data; may return a Resampling
+    for batch in batches:
+        sums = method.train_step(wrapped, batch, optimizer, progress)
+    method.epoch_metrics(sums of the epoch)
+
+and the default `train_step` is
+
+    zero_grad -> wrapped(batch, progress) -> backward -> reduce sums -> after_backward -> step
+        -> after_step
+
+`wrapped` is the method inside DDP (or the method itself when alone): everything that learns or
+steers lives in it as a parameter or a buffer, and `state_dict()` is all a method has to save.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.batch import Batch, Progress, StepOutput
+from training.distributed import reduce_sums, world_size
+from training.model import MultimodalModel
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is not finite; raised on every rank before the optimizer moves."""
+
+
+@dataclass(frozen=True)
+class EpochData:
+    """Fresh passes over this rank's rows, for prototypes, valuations and nested estimation."""
+
+    train: Callable[[], Iterator[Batch]]
+    val: Callable[[], Iterator[Batch]]
+
+
+class Method(nn.Module):
+    """A training method: owns the model, defines the loss, may act at the named points.
+
+    Args:
+        model: encoders, heads and fusion; method-specific modules are added in subclasses.
+        warmup_epochs: epochs before the main phase; model selection ignores them.
+    """
+
+    def __init__(self, model: MultimodalModel, warmup_epochs: int = 0):
+        super().__init__()
+        self.model = model
+        self.warmup_epochs = warmup_epochs
+
+    def is_main_phase(self, epoch: int) -> bool:
+        """Whether `epoch` counts for model selection."""
+        return epoch >= self.warmup_epochs
+
+    def set_phase(self, epoch: int) -> None:
+        """Set `requires_grad` for this epoch. Parameters that get no gradient must be frozen."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer parameter groups over all parameters that learn in any phase."""
+        return [{"params": list(self.parameters())}]
+
+    def before_epoch(self, data: EpochData, progress: Progress) -> None:
+        """Called before every epoch, outside DDP; update state (buffers) from reduced numbers."""
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        """Loss and sums of one batch; runs inside DDP, once per step."""
+        raise NotImplementedError
+
+    def after_backward(self, sums: dict[str, Tensor], progress: Progress) -> None:
+        """Gradients are averaged over ranks and `sums` are reduced: may rescale `p.grad`."""
+
+    def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
+        """The optimizer has moved: update buffers from the reduced `sums`."""
+
+    def predict(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Logits for evaluation: "fused" and one entry per modality, each (B, C).
+
+        Args:
+            features: modality -> (B, D_m), as from `model.encode`; absent modalities are zeros.
+        """
+        raise NotImplementedError
+
+    def epoch_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Method's own metrics from the sums of all steps of an epoch (reduced, fp64)."""
+        return {}
+
+    def train_step(
+        self, wrapped: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, progress: Progress
+    ) -> dict[str, Tensor]:
+        """One optimizer step; returns the reduced sums. Override only if one step is not enough.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite on some rank; nothing has moved.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        output: StepOutput = wrapped(batch, progress)
+        output.loss.backward()
+        sums = reduce_sums(output.sums)
+        self.check_finite(sums)
+        self.after_backward(sums, progress)
+        optimizer.step()
+        self.after_step(sums, progress)
+        return sums
+
+    def check_finite(self, sums: dict[str, Tensor]) -> None:
+        """Raise NonFiniteError unless the reduced loss and the averaged gradients are finite."""
+        norms = torch._foreach_norm([p.grad for p in self.parameters() if p.grad is not None])
+        total = torch.stack([sums["loss_sum"].float(), *(n.float() for n in norms)]).sum()
+        if not bool(torch.isfinite(total)):
+            loss = float(sums["loss_sum"] / sums["rows"].clamp_min(1))
+            raise NonFiniteError(
+                f"training loss is {loss:g}; loss and gradients must be finite on every rank, so "
+                "the run stopped before the optimizer moved; look for NaN in the data "
+                "(midas prepare reports rejected rows) or lower optim.lr"
+            )
+
+
+def global_mean(local_sum: Tensor, global_count: int | Tensor) -> Tensor:
+    """`world_size * local_sum / global_count`: DDP's mean over ranks makes it the global mean."""
+    return local_sum * world_size() / global_count
+
+
+def wide(value: Tensor) -> Tensor:
+    """At least float32: softmax, logarithms and sums are not taken in half precision."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def cross_entropy_sum(logits_BC: Tensor, label_B: Tensor) -> Tensor:
+    """Cross-entropy summed over rows, (), in at least float32."""
+    return functional.cross_entropy(wide(logits_BC), label_B, reduction="sum")
+
+
+def step_output(loss: Tensor, batch: Batch, **sums: Tensor) -> StepOutput:
+    """StepOutput with `loss_sum` and `rows` filled in from a loss made of `global_mean` terms."""
+    loss_sum = loss.detach() * (batch.global_rows / world_size())
+    rows = torch.full_like(loss_sum, batch.label.shape[0])
+    named = {name: value.detach() for name, value in sums.items()}
+    return StepOutput(loss, {"loss_sum": loss_sum, "rows": rows, **named})

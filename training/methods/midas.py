@@ -1,0 +1,306 @@
+"""MIDAS: training on misaligned samples (NeurIPS 2025, arXiv 2509.25831; methods.md section 2).
+
+A misaligned sample takes its modalities from rows of the batch with different labels. Its soft
+label follows the confidence of the unimodal heads, the weak modality's share is weighted up by
+alpha while the fusion head neglects it, and samples whose swapped-in feature resembles the replaced
+one count more. Pairing is in `pairing.py`, the formulas are in `misalign.py`.
+
+Differences from the paper and the authors' code, on purpose:
+
+- Pairing is over the whole global batch (`pair_groups=1`), also across ranks; a single random draw
+  made alike on every rank. The result does not depend on the number of workers. The price is one
+  all-gather of features per step; `pair_groups` equal to the number of workers avoids it.
+- alpha is a buffer: it is checkpointed, equal on all ranks, and driven by sums over all ranks. The
+  authors keep a Python float per process that restarts at 1.
+- alpha moves by `eta * sign(...)` as their code does; a tie leaves it where it is.
+- Partners always carry another label (text of the paper; the published Algorithm 1 and the code
+  shuffle). Rows without such a partner are left out of the loss and of the alpha statistics.
+- M > 2: the M cyclic shifts of one random permutation per row, partners distinct where possible.
+- `similarity="l2"` and `pairing="confusion"` are named but not defined in the paper; see methods.md
+  2.9 for the reading taken here.
+
+Shapes: R rows of this rank, G of the global batch, M modalities, S misaligned samples per row.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+
+from training.batch import Batch, Progress, StepOutput
+from training.distributed import reduce_sums
+from training.methods.base import Method, cross_entropy_sum, global_mean, step_output
+from training.methods.misalign import (
+    AlphaFlip,
+    Similarity,
+    carried_alpha,
+    confidence,
+    hard_weight,
+    label_log_probability,
+    mean_over_replaced,
+    misaligned_loss,
+    next_alpha,
+    ratio_step,
+    share,
+    share_step,
+    similarity,
+    statistics,
+)
+from training.methods.pairing import (
+    Orders,
+    Pairing,
+    Pairs,
+    draw_partners,
+    draw_slots,
+    global_rows,
+    make_pairs,
+)
+from training.model import MultimodalModel
+
+AlphaStat = Literal["mean_of_ratios", "ratio_of_means"]
+UniReduction = Literal["sum", "mean"]
+
+
+class MidasConfig(BaseModel, extra="forbid", frozen=True):
+    """MIDAS hyper-parameters and study switches (methods.md 2.8, 2.9, 3.1)."""
+
+    variant: Literal["paper", "official_code"] = "paper"
+    """Decides every field that is left at None: as printed, or as released."""
+
+    warmup_epochs: int = Field(10, ge=0)
+    """Epochs that train encoders and unimodal heads only; released: 10, Food-101 2, UCF-101 0."""
+
+    lambda_mis: float = Field(1.0, ge=0)
+    """Weight of the misaligned loss; the paper takes 5 for Kinetics-Sounds, 1 elsewhere."""
+
+    eta: float = Field(0.05, ge=0)
+    """Step of alpha."""
+
+    weak_modality_weighting: bool = True
+    """Up-weight the weak modality's share; off keeps alpha at 1."""
+
+    hard_sample_weighting: bool = True
+    """Weight misaligned samples by feature similarity; off keeps the weight at 1."""
+
+    similarity: Similarity = "cosine"
+    """Similarity behind the hard-sample weight."""
+
+    mix_level: Literal["feature", "input"] = "feature"
+    """What is swapped: features of the aligned pass, or raw inputs that are encoded again."""
+
+    pairing: Pairing | None = None
+    """Partners: any other label; a shuffle (labels may repeat); the class confused with the own."""
+
+    pair_groups: int = Field(1, ge=1)
+    """Groups of the global batch in which rows find partners; a multiple of the number of workers
+    spares the exchange of features."""
+
+    perms_per_sample: Orders = "cyclic"
+    """Misaligned samples per row: the M cyclic shifts, or this many random permutations."""
+
+    uni_reduction: UniReduction | None = None
+    """Unimodal losses are added or averaged over modalities."""
+
+    alpha_stat: AlphaStat | None = None
+    """Confidence shares averaged over samples, or ratios of averaged raw confidences (M = 2)."""
+
+    alpha_flip: AlphaFlip | None = None
+    """When another modality becomes weak: others return to 1, keep theirs, or it moves."""
+
+    alpha_cap: float | None = Field(None, ge=1)
+    """Largest alpha; none in the paper, 10 in the released Kinetics-Sounds code."""
+
+    kinetics_ratio_test: bool = False
+    """Repeat the inverted comparison of the released Kinetics-Sounds code (3.1 row 12)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MidasConfig":
+        if self.perms_per_sample != "cyclic" and self.perms_per_sample < 1:
+            raise ValueError(
+                f"perms_per_sample={self.perms_per_sample} must be at least 1, or 'cyclic'"
+            )
+        official_stat = self.variant == "official_code" and self.alpha_stat != "mean_of_ratios"
+        if self.kinetics_ratio_test and not official_stat:
+            raise ValueError(
+                f"kinetics_ratio_test=True changes nothing with variant={self.variant!r} and "
+                f"alpha_stat={self.alpha_stat!r}; set variant='official_code' and leave alpha_stat"
+            )
+        return self
+
+
+class ResolvedMidas(MidasConfig, frozen=True):
+    """MidasConfig with the choices of the variant filled in; defaults as in the paper."""
+
+    pairing: Pairing = "mismatch"
+    uni_reduction: UniReduction = "sum"
+    alpha_stat: AlphaStat = "mean_of_ratios"
+    alpha_flip: AlphaFlip = "reset"
+
+
+OFFICIAL_CODE: dict[str, str] = {
+    "pairing": "permutation",
+    "uni_reduction": "mean",
+    "alpha_stat": "ratio_of_means",
+    "alpha_flip": "carry",
+}
+
+
+def resolve(config: MidasConfig) -> ResolvedMidas:
+    """Fill the fields left at None from the variant; fields that were set win."""
+    chosen = {name: value for name, value in config if value is not None}
+    variant = OFFICIAL_CODE if config.variant == "official_code" else {}
+    return ResolvedMidas.model_validate({**variant, **chosen})
+
+
+class Midas(Method):
+    """Joint training + unimodal losses + misaligned samples, after a warm-up of the encoders.
+
+    Attributes:
+        alpha: (M,) float64 buffer, weight of each modality's share in the misaligned loss.
+        weak: () int64 buffer, the weak modality of the last step, -1 before the first.
+    """
+
+    alpha: Tensor
+    weak: Tensor
+
+    def __init__(self, model: MultimodalModel, config: MidasConfig):
+        super().__init__(model, config.warmup_epochs)
+        self.config = resolve(config)
+        num_modalities = len(model.modalities)
+        if self.config.alpha_stat == "ratio_of_means" and num_modalities != 2:
+            raise ValueError(
+                f"alpha_stat='ratio_of_means' is defined for 2 modalities, the data has "
+                f"{num_modalities}; use alpha_stat='mean_of_ratios' (variant='paper')"
+            )
+        self.register_buffer("alpha", torch.ones(num_modalities, dtype=torch.float64))
+        self.register_buffer("weak", torch.tensor(-1))
+
+    def set_phase(self, epoch: int) -> None:
+        """The fusion head gets no gradient during warm-up."""
+        self.model.fusion.requires_grad_(self.is_main_phase(epoch))
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        """Warm-up: L_uni. Main phase: L_align + L_uni + lambda * L_mis (2.2 item 7)."""
+        features = self.model.encode(batch.inputs)
+        logits = self.model.unimodal_logits(features)
+        uni = torch.stack([cross_entropy_sum(z, batch.label) for z in logits.values()])
+        uni = uni.sum() if self.config.uni_reduction == "sum" else uni.mean()
+        if not self.is_main_phase(progress.epoch):
+            return step_output(global_mean(uni, batch.global_rows), batch, loss_uni=uni)
+        fused = self.model.fuse(features)
+        align = cross_entropy_sum(fused, batch.label)
+        pairs = self._pair(batch, fused.detach(), progress)
+        mis, stats = self._misaligned(batch, features, logits, pairs)
+        num_misaligned = (pairs.num_valid * pairs.slot_SRM.shape[0]).clamp_min(1)
+        loss = global_mean(align + uni, batch.global_rows)
+        loss = loss + self.config.lambda_mis * global_mean(mis, num_misaligned)
+        return step_output(loss, batch, loss_align=align, loss_uni=uni, loss_mis=mis, **stats)
+
+    def _pair(self, batch: Batch, fused_RC: Tensor, progress: Progress) -> Pairs:
+        """Partners of this rank's rows, drawn for the global batch alike on every rank."""
+        config, num_modalities = self.config, len(self.model.modalities)
+        generator = progress.generator("pair")
+        rows = global_rows(batch, config.pair_groups)
+        partner_RJ, valid_G = draw_partners(
+            rows, num_modalities - 1, config.pairing, fused_RC, generator
+        )
+        slot_SRM = draw_slots(rows, num_modalities, config.perms_per_sample, generator)
+        return make_pairs(rows, partner_RJ, valid_G, slot_SRM)
+
+    def _misaligned(
+        self, batch: Batch, features: dict[str, Tensor], logits: dict[str, Tensor], pairs: Pairs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_mis summed over this rank's misaligned samples, (), and the sums it leaves behind."""
+        kind, shape = self.config.similarity, pairs.slot_SRM.shape
+        confidence_RM = torch.stack([confidence(z, batch.label) for z in logits.values()], dim=1)
+        modality_M = torch.arange(shape[2], device=confidence_RM.device)
+        share_SRM = share(pairs.pool(confidence_RM)[pairs.source_SRM, modality_M])
+
+        swapped = self._swapped(batch, features, pairs)
+        fused_SRC = self.model.fuse(swapped).unflatten(0, shape[:2])
+        log_probability_SRM = label_log_probability(fused_SRC, pairs.label_SRM)
+        likeness = [
+            similarity(features[name], swapped[name].unflatten(0, shape[:2]), kind)
+            for name in features
+        ]
+        similarity_SR = mean_over_replaced(torch.stack(likeness, dim=-1), pairs.slot_SRM)
+        hard_SR = hard_weight(similarity_SR, kind)
+        if not self.config.hard_sample_weighting:
+            hard_SR = torch.ones_like(hard_SR)
+
+        stats = statistics(
+            confidence_RM, share_SRM, log_probability_SRM, similarity_SR, pairs.valid_R
+        )
+        alpha_M = self.alpha
+        if self.config.alpha_flip == "carry":
+            alpha_M = carried_alpha(alpha_M, self._weak(reduce_sums(stats)))
+        loss_SR = misaligned_loss(alpha_M, share_SRM, log_probability_SRM, hard_SR)
+        return (loss_SR * pairs.valid_R).sum(), stats
+
+    def _swapped(
+        self, batch: Batch, features: dict[str, Tensor], pairs: Pairs
+    ) -> dict[str, Tensor]:
+        """modality -> (S*R, D_m) features of the misaligned samples, attached to all sources."""
+        index = {name: pairs.source_SRM[..., m].flatten() for m, name in enumerate(features)}
+        if self.config.mix_level == "input":
+            return self.model.encode(
+                {name: pairs.pool(batch.inputs[name])[index[name]] for name in features}
+            )
+        widths = [value.shape[1] for value in features.values()]
+        pooled = pairs.pool(torch.cat(list(features.values()), dim=1)).split(widths, dim=1)
+        return {name: rows[index[name]] for name, rows in zip(features, pooled, strict=True)}
+
+    def _weak(self, sums: dict[str, Tensor]) -> Tensor:
+        """() least confident modality: on misaligned samples (2.2 item 4) or on aligned rows."""
+        by_share = self.config.alpha_stat == "mean_of_ratios"
+        return sums["conf_uni" if by_share else "raw_uni"].argmin()
+
+    def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
+        """Move alpha by the reduced statistics of this step; adds alpha and flips to `sums`."""
+        if not self.is_main_phase(progress.epoch):
+            return
+        weak, found = self._weak(sums), sums["n_valid"] > 0
+        flipped = found & (self.weak >= 0) & (weak != self.weak)
+        self.weak.copy_(torch.where(found, weak, self.weak))
+        if self.config.weak_modality_weighting:
+            self.alpha.copy_(torch.where(found, self._moved_alpha(sums, weak), self.alpha))
+        steps = torch.ones_like(sums["n_valid"])
+        sums.update(alpha=self.alpha.clone(), alpha_flips=flipped.double(), steps=steps)
+
+    def _moved_alpha(self, sums: dict[str, Tensor], weak: Tensor) -> Tensor:
+        config = self.config
+        if config.alpha_stat == "mean_of_ratios":
+            step = share_step(sums["conf_uni"], sums["conf_multi"])
+        else:
+            step = ratio_step(sums["raw_uni"], sums["raw_multi"], config.kinetics_ratio_test)
+        return next_alpha(self.alpha, weak, step, config.eta, config.alpha_flip, config.alpha_cap)
+
+    def predict(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fusion head and unimodal heads, (B, C) each."""
+        return {"fused": self.model.fuse(features), **self.model.unimodal_logits(features)}
+
+    def histograms(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
+        """Counts of s~ in bins of [-1, 1], per misaligned sample (cyclic: the s-th keeps s)."""
+        return {f"hard/s_hist/{s}": row for s, row in enumerate(sums["s_hist"].tolist())}
+
+    def epoch_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Losses, confidences (Fig. 3), alpha (Fig. 4) and mean similarity of an epoch."""
+        rows = sums["rows"]
+        metrics = {"train/loss_uni": sums["loss_uni"] / rows}
+        if "n_valid" in sums:
+            num_misaligned = (sums["n_valid"] * len(sums["s_sum"])).clamp_min(1)
+            metrics |= {
+                "train/loss_align": sums["loss_align"] / rows,
+                "train/loss_mis": sums["loss_mis"] / num_misaligned,
+                "hard/s_mean": sums["s_sum"].sum() / num_misaligned,
+                "alpha_flips": sums["alpha_flips"],
+            }
+            for m, name in enumerate(self.model.modalities):
+                metrics |= {
+                    f"alpha/{name}": self.alpha[m],
+                    f"alpha_mean/{name}": sums["alpha"][m] / sums["steps"],
+                    f"conf_uni/{name}": sums["conf_uni"][m] / num_misaligned,
+                    f"conf_multi/{name}": sums["conf_multi"][m] / num_misaligned,
+                }
+        return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,115 @@
+"""OGM-GE: on-the-fly gradient modulation (CVPR 2022; methods.md 4.2).
+
+The modality that leads on the batch gets smaller encoder gradients; noise of the gradient's own
+scale (GE) keeps them from generalising worse.
+"""
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from training.batch import Batch, Progress, StepOutput
+from training.methods.base import Method, cross_entropy_sum, global_mean, step_output, wide
+from training.model import MultimodalModel
+
+
+class OgmGeConfig(BaseModel, extra="forbid", frozen=True):
+    """OGM-GE hyper-parameters; defaults are those of the authors' code."""
+
+    strength: float = Field(0.1, ge=0)
+    """a in 1 - tanh(a * ratio); authors: 0.1, CREMA-D 0.8; BalanceBenchmark: 0.3."""
+
+    start_epoch: int = Field(0, ge=0)
+    """First epoch with modulation; BalanceBenchmark: 10."""
+
+    end_epoch: int = Field(50, ge=0)
+    """Last epoch with modulation, inclusive; BalanceBenchmark: 80."""
+
+    noise: bool = True
+    """Add Gaussian noise to the modulated gradients (GE); off is plain OGM."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OgmGeConfig":
+        if self.end_epoch < self.start_epoch:
+            raise ValueError(
+                f"end_epoch={self.end_epoch} is before start_epoch={self.start_epoch}; modulation "
+                "would never run; raise end_epoch, or use method=joint"
+            )
+        return self
+
+
+def coefficients(score_M: Tensor, strength: float) -> Tensor:
+    """(M,) factors k_m: 1 - tanh(a * rho) for rho > 1, else 1; rho_m = s_m / min_l s_l."""
+    ratio_M = score_M / score_M.min().clamp_min(1e-5)
+    return torch.where(ratio_M > 1, 1 - torch.tanh(strength * ratio_M), torch.ones_like(ratio_M))
+
+
+def modulated(encoder: nn.Module) -> list[nn.Parameter]:
+    """Parameters whose gradients are modulated: convolutions, as in the paper.
+
+    An encoder without any (MLP, transformer) has its matrices modulated instead; biases and norms
+    never are.
+    """
+    learning = [p for p in encoder.parameters() if p.grad is not None]
+    convolutions = [p for p in learning if p.ndim == 4]
+    return convolutions or [p for p in learning if p.ndim >= 2]
+
+
+class OgmGe(Method):
+    """Joint training with modulated encoder gradients.
+
+    Differences: scores are summed over all ranks before the ratio, and noise comes from a generator
+    that is alike on all ranks (a rank-local version lets replicas drift apart). More than two
+    modalities: each is compared with the lowest score, as BalanceBenchmark does; for two this is
+    the paper's rule. The unimodal heads are frozen; scores are read from slice logits.
+    """
+
+    def __init__(self, model: MultimodalModel, config: OgmGeConfig):
+        super().__init__(model)
+        self.config = config
+        model.heads.requires_grad_(False)
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        """Cross-entropy of the fusion head, and each modality's score s_m summed over rows."""
+        features = self.model.encode(batch.inputs)
+        align = cross_entropy_sum(self.model.fuse(features), batch.label)
+        with torch.no_grad():
+            slices = self.model.slice_logits(features).values()
+            probabilities = [wide(z).softmax(dim=1) for z in slices]
+            score_M = torch.stack([p.gather(1, batch.label[:, None]).sum() for p in probabilities])
+        return step_output(global_mean(align, batch.global_rows), batch, scores=score_M)
+
+    def after_backward(self, sums: dict[str, Tensor], progress: Progress) -> None:
+        """g <- k_m g + xi, xi ~ N(0, std(g) + 1e-8), for every modulated gradient g."""
+        if not self.config.start_epoch <= progress.epoch <= self.config.end_epoch:
+            return
+        factor_M = coefficients(sums["scores"], self.config.strength)
+        for m, name in enumerate(self.model.modalities):
+            parameters = modulated(self.model.encoders[name])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self._modulate(gradients, factor_M[m], m, progress)
+
+    def _modulate(
+        self, gradients: list[Tensor], factor: Tensor, modality: int, progress: Progress
+    ) -> None:
+        """Scale gradients in place and add noise; the draw is the same on every rank."""
+        generator = progress.generator("ogm", modality, device=factor.device)
+        for grad in gradients:
+            spread = grad.std() + 1e-8
+            grad.mul_(factor)
+            if self.config.noise:
+                noise = torch.randn(
+                    grad.shape, generator=generator, device=grad.device, dtype=grad.dtype
+                )
+                grad.add_(noise * spread)
+
+    def predict(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fusion head and each modality's share of it, (B, C) each."""
+        return {"fused": self.model.fuse(features), **self.model.slice_logits(features)}
+
+    def epoch_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Mean score of each modality: the probability its slice gives to the label."""
+        return {
+            f"ogm/score/{name}": float(sums["scores"][m] / sums["rows"])
+            for m, name in enumerate(self.model.modalities)
+        }
