@@ -251,7 +251,7 @@ def _make(
     check_disk(_needed_bytes(draft, pending), folder)
     counter = _Counter(len(items), progress)
     counter.add(len(items) - sum(len(part.items) for part in pending))
-    group_rows = config.rows_per_group or _default_group_rows(items)
+    group_rows = config.group_rows(sum(item.split == "train" for item in items))
     for part in pending:
         finished[part.path] = _write_shard(source, draft, part, folder, group_rows, counter)
     return _finish(draft, parts, finished, folder)
@@ -287,12 +287,6 @@ def _plan(config: DataConfig, items: list[Item]) -> list[_Part]:
             path = f"{split}-{first // config.rows_per_shard:05d}.parquet"
             parts.append(_Part(split, path, [own[position] for position in chosen]))
     return parts
-
-
-def _default_group_rows(items: list[Item]) -> int:
-    """Small row groups, so that shuffling whole groups mixes well: 128 per epoch where possible."""
-    train_rows = sum(item.split == "train" for item in items)
-    return min(max(train_rows // 128, 8), 256)
 
 
 def _plan_digest(config: DataConfig, draft: Manifest, items: list[Item]) -> str:

@@ -1,4 +1,4 @@
-"""`midas`: verbs, flags and exit codes. Parses, calls, prints; heavy imports happen in the verbs."""
+"""`midas`: verbs, flags and exit codes. Heavy imports happen in the verbs."""
 
 import argparse
 import os
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     configure_ray()
     console = Console(json_mode=args.json)
+    console.setup_logging()
     try:
         result = VERBS[args.verb](args, rest, console)
     except KeyboardInterrupt:
@@ -100,16 +101,18 @@ def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
     """Preset, overridden by the remaining flags."""
     import tyro
 
-    from service.config import ConfigError, RunConfig, load_preset, preset_names
+    from service.config import ConfigError, RunConfig, check, load_preset, preset_names
 
     if args.preset is None and not {"-h", "--help"} & set(rest):
         raise ConfigError(
             f"midas {args.verb} needs a preset ({', '.join(preset_names())}) or a YAML file first"
         )
     default = load_preset(args.preset) if args.preset else RunConfig()
-    return tyro.cli(
+    config = tyro.cli(
         RunConfig, default=default, args=rest, prog=f"midas {args.verb} {args.preset or 'PRESET'}"
     )
+    check(config)
+    return config
 
 
 def _prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
@@ -169,7 +172,7 @@ def _ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[s
     from service.environment import environment
 
     uri = tracking.tracking_uri(Path(args.storage), environment()["MLFLOW_TRACKING_URI"])
-    command, env = tracking.ui_command(uri, "127.0.0.1", args.port)
+    command, env, _ = tracking.ui_command(uri, "127.0.0.1", args.port)
     console.status(f"MLflow UI of {uri}: http://127.0.0.1:{args.port} (Ctrl-C ends it)")
     os.execvpe(command[0], command, {**os.environ, **env})
 

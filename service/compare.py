@@ -3,9 +3,11 @@
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from data.schema import load_manifest
 from service import launch
-from service.config import ConfigError, RunConfig, explain
+from service.config import ConfigError, RunConfig, check, explain
 
 if TYPE_CHECKING:
     from service.console import Console
@@ -23,12 +25,13 @@ def variants(config: RunConfig, methods: list[str], seeds: list[int]) -> list[Ru
         for seed in seeds:
             name = f"{config.name or config.data.name}-{method}-seed{seed}"
             train = base["train"] | {"seed": seed}
+            changed = base | {"method": method, "train": train, "name": name}
             try:
-                changed = base | {"method": method, "train": train, "name": name}
-                found.append(RunConfig.model_validate(changed))
-            except ValueError as error:
-                text = explain(error) if hasattr(error, "errors") else str(error)  # pyright: ignore[reportArgumentType]
-                raise ConfigError(f"cannot compare {method}: {text}") from error
+                run = RunConfig.model_validate(changed)
+            except ValidationError as error:
+                raise ConfigError(f"cannot compare {method}: {explain(error)}") from error
+            check(run)
+            found.append(run)
     return found
 
 

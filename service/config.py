@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.sources import DataConfig
 from training.encoders import ModelConfig
@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 class TrainConfig(BaseModel):
     """Batches, seeds and intervals."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     seed: int = Field(0, ge=0)
     """Training seed: initial weights, order of rows, pairing."""
@@ -44,7 +44,7 @@ class TrainConfig(BaseModel):
 class ScalingConfig(BaseModel):
     """How many processes train, and on what."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     num_workers: int = Field(2, ge=1)
     """Data-parallel workers, one process each."""
@@ -59,7 +59,7 @@ class ScalingConfig(BaseModel):
 class RunConfig(BaseModel):
     """One training run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     method: MethodName = "midas"
     """Training method; the controls run in the same harness."""
@@ -76,41 +76,6 @@ class RunConfig(BaseModel):
     """Folder for prepared data, runs and the local MLflow store; shared by all nodes."""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run name; the same name continues a stopped run. None makes a new one from the time."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RunConfig":
-        workers, batch, lanes = (
-            self.scaling.num_workers,
-            self.train.global_batch_size,
-            self.train.lanes,
-        )
-        if batch % workers:
-            low = batch // workers * workers
-            raise ValueError(
-                f"train.global_batch_size={batch} is not divisible by "
-                f"scaling.num_workers={workers}; every worker gets the same share of a batch; use "
-                f"{low or workers} or {low + workers}, or change scaling.num_workers"
-            )
-        if lanes % workers or batch % lanes:
-            fits = [n for n in range(workers, batch + 1, workers) if batch % n == 0]
-            raise ValueError(
-                f"train.lanes={lanes} must be a multiple of scaling.num_workers={workers} and "
-                f"divide train.global_batch_size={batch}; use one of {fits[:8]}"
-            )
-        if self.method == "midas":
-            groups = self.midas.pair_groups
-            if lanes % groups or (groups != 1 and groups % workers):
-                raise ValueError(
-                    f"midas.pair_groups={groups} must divide train.lanes={lanes} and be 1 or a "
-                    f"multiple of scaling.num_workers={workers}"
-                )
-        if self.warmup_epochs >= self.optim.epochs:
-            raise ValueError(
-                f"midas.warmup_epochs={self.warmup_epochs} leaves no main phase in "
-                f"optim.epochs={self.optim.epochs}; the best checkpoint is taken from the main "
-                "phase only; use fewer warm-up epochs or more epochs"
-            )
-        return self
 
     @property
     def warmup_epochs(self) -> int:
@@ -129,6 +94,44 @@ class RunConfig(BaseModel):
             if name != self.method:
                 del values[name]
         return values
+
+
+def check(config: RunConfig) -> None:
+    """Check settings against each other.
+
+    Raises:
+        ConfigError: batch, lanes, workers, pair groups or phases do not fit together.
+    """
+    workers, batch, lanes = (
+        config.scaling.num_workers,
+        config.train.global_batch_size,
+        config.train.lanes,
+    )
+    if batch % workers:
+        low = batch // workers * workers
+        raise ConfigError(
+            f"train.global_batch_size={batch} is not divisible by scaling.num_workers={workers}; "
+            f"every worker gets the same share of a batch; use {low or workers} or "
+            f"{low + workers}, or change scaling.num_workers"
+        )
+    if lanes % workers or batch % lanes:
+        fits = [n for n in range(workers, batch + 1, workers) if batch % n == 0]
+        raise ConfigError(
+            f"train.lanes={lanes} must be a multiple of scaling.num_workers={workers} and "
+            f"divide train.global_batch_size={batch}; use one of {fits[:8]}"
+        )
+    groups = config.midas.pair_groups
+    if config.method == "midas" and (lanes % groups or (groups != 1 and groups % workers)):
+        raise ConfigError(
+            f"midas.pair_groups={groups} must divide train.lanes={lanes} and be 1 or a multiple "
+            f"of scaling.num_workers={workers}; 1 pairs over the whole global batch"
+        )
+    if config.warmup_epochs >= config.optim.epochs:
+        raise ConfigError(
+            f"midas.warmup_epochs={config.warmup_epochs} leaves no main phase in "
+            f"optim.epochs={config.optim.epochs}; the best checkpoint is taken from the main phase "
+            "only; use fewer warm-up epochs or more epochs"
+        )
 
 
 def preset_names() -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from data.prepare import default_folder, prepare
-from data.schema import Manifest, Split, load_manifest, verify_shards
+from data.schema import Manifest, Split, load_manifest
 from service import tracking
 from service.config import ConfigError, RunConfig, config_yaml, difference
 from service.environment import configure_ray, environment
@@ -80,19 +80,17 @@ def ray_session(config: RunConfig, *, debug: bool) -> Iterator[None]:
         yield
         return
     address = environment()["RAY_ADDRESS"]
-    local: dict[str, Any] = {
+    cluster: dict[str, Any] = {
         "address": "local",
         "num_cpus": config.scaling.num_workers * config.scaling.cpus_per_worker + DATA_CPUS,
         "include_dashboard": False,
         "object_store_memory": _object_store_bytes(),
     }
+    if address:
+        cluster = {"address": address}
+    level = logging.INFO if debug else logging.ERROR
     try:
-        ray.init(
-            **({"address": address} if address else local),
-            log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.ERROR,
-            configure_logging=True,
-        )
+        ray.init(**cluster, log_to_driver=debug, logging_level=level)  # pyright: ignore[reportArgumentType]
     except Exception as error:
         where = f"join the cluster at RAY_ADDRESS={address}" if address else "start a local cluster"
         raise RunError(
@@ -367,7 +365,7 @@ def _check_cluster_capacity(config: RunConfig) -> None:
         )
 
 
-def _use_gpu(config: RunConfig, have: dict[str, float]) -> bool:
+def _use_gpu(config: RunConfig, have: Mapping[str, float]) -> bool:
     enough = have.get("GPU", 0) >= config.scaling.num_workers
     return config.scaling.device == "gpu" or (config.scaling.device == "auto" and enough)
 

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.order import Order
-from data.prepare import default_folder
-from data.schema import MANIFEST_NAME, load_manifest
-from data.sources import build_source, rows_per_group
+from data.prepare import SPLITS, default_folder
+from data.schema import MANIFEST_NAME, Manifest, Shard, Split, load_manifest
+from data.sources import build_source
 from service.config import RunConfig
-from service.worker import make_order
-from training.encoders import build_model
-from training.methods import build_method
+from service.worker import make_method, make_order
+from training.model import MultimodalModel
 
 OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 
@@ -25,37 +23,24 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         DataError: the raw data is not there, or the order's rules do not hold.
     """
     folder = default_folder(config.data, Path(config.storage))
-    if (folder / MANIFEST_NAME).is_file():
-        manifest = load_manifest(folder)
-        rows = {split: manifest.rows(split) for split in manifest.splits}
-        modalities, classes, order = (
-            manifest.modalities,
-            manifest.classes,
-            make_order(config, manifest),
-        )
-    else:
-        source = build_source(config.data)
-        items = source.items()
-        rows = {s: sum(item.split == s for item in items) for s in ("train", "val", "test")}
-        modalities, classes = source.modalities, source.classes
-        order = _order_before_prepare(config, rows["train"], sum(m.nbytes for m in modalities))
+    prepared = (folder / MANIFEST_NAME).is_file()
+    manifest = load_manifest(folder) if prepared else _draft(config)
+    order = make_order(config, manifest)
     order.lanes_of(0, config.scaling.num_workers)
     workers, batch = config.scaling.num_workers, config.train.global_batch_size
-    parts = [(m.name, m.kind, m.shape) for m in modalities]
-    model = build_model(config.model, parts, len(classes), config.train.seed)
-    method = build_method(config.method, model, config.method_sections)
+    method = make_method(config, manifest)
     parameters = sum(p.numel() for p in method.parameters())
-    activations = _activation_bytes(model, parts) * batch // workers
+    activations = _activation_bytes(method.model, manifest) * batch // workers
     weights = parameters * 4 * (2 + OPTIMIZER_STATES[config.optim.name] + int(workers > 1))
-    window = order.window_batches * batch * sum(m.nbytes for m in modalities) // workers
+    window_rows = min(order.window_batches * batch, order.num_rows) // workers
     return {
         "method": config.method,
         "data": config.data.name,
         "data_folder": str(folder),
-        "data_prepared": (folder / MANIFEST_NAME).is_file(),
-        **{f"rows/{split}": count for split, count in rows.items()},
-        "modalities": ", ".join(f"{m.name} {m.dtype}{list(m.shape)}" for m in modalities),
-        "classes": len(classes),
+        "data_prepared": prepared,
+        **{f"rows/{split}": manifest.rows(split) for split in SPLITS},
+        "modalities": ", ".join(f"{m.name} {m.dtype}{list(m.shape)}" for m in manifest.modalities),
+        "classes": len(manifest.classes),
         "workers": workers,
         "device": config.scaling.device,
         "global_batch_size": batch,
@@ -67,35 +52,50 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "warmup_epochs": config.warmup_epochs,
         "steps": order.num_steps * config.optim.epochs,
         "parameters": parameters,
-        "worker_memory_mib/weights_gradients_optimizer": round(weights / 2**20, 1),
-        "worker_memory_mib/activations": round(activations / 2**20, 1),
-        "worker_memory_mib/shuffle_windows": round(
-            2 * min(window, rows["train"] * window) / 2**20, 1
-        ),
+        "worker_memory_mib/weights_gradients_optimizer": _mib(weights),
+        "worker_memory_mib/activations": _mib(activations),
+        "worker_memory_mib/shuffle_windows": _mib(2 * window_rows * manifest.row_nbytes),
         "storage": str(Path(config.storage).resolve()),
     }
 
 
-def _order_before_prepare(config: RunConfig, rows: int, row_nbytes: int) -> Order:
-    per_group = rows_per_group(config.data, rows)
-    groups = [per_group] * (rows // per_group) + ([rows % per_group] if rows % per_group else [])
-    batch = config.train.global_batch_size
-    window = max(1, (config.train.shuffle_window_mib << 20) // row_nbytes // batch)
-    return Order(tuple(groups), batch, config.train.lanes, window, config.train.seed)
+def _draft(config: RunConfig) -> Manifest:
+    """Manifest of a set that is not prepared yet, with the sizes that prepare will make."""
+    source = build_source(config.data)
+    items = source.items()
+    splits: dict[Split, tuple[Shard, ...]] = {}
+    for split in SPLITS:
+        rows = sum(item.split == split for item in items)
+        size = config.data.group_rows(sum(item.split == "train" for item in items))
+        groups = [size] * (rows // size) + [rows % size] * (rows % size > 0)
+        splits[split] = (
+            Shard(path="", rows=rows, row_groups=tuple(groups), num_bytes=0, sha256=""),
+        )
+    return Manifest(
+        name=source.name,
+        source={},
+        modalities=source.modalities,
+        classes=source.classes,
+        splits=splits,
+        class_counts={},
+    )
 
 
-def _activation_bytes(model: nn.Module, parts: list[tuple[str, Any, tuple[int, ...]]]) -> int:
-    """Bytes of all module outputs for one row, the part of a step's memory that grows with it."""
-    total = 0
+def _activation_bytes(model: MultimodalModel, manifest: Manifest) -> int:
+    """Bytes of all module outputs for one row: the part of a step's memory that grows with it."""
+    sizes: list[int] = []
 
-    def count(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal total
-        if isinstance(output, torch.Tensor) and not list(module.children()):
-            total += output.numel() * output.element_size() // 2
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        sizes.append(output.numel() * output.element_size())
 
-    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(count) for module in leaves]
     with torch.no_grad():
-        model.encode({name: torch.zeros(2, *shape) for name, _, shape in parts})  # pyright: ignore[reportCallIssue]
+        model.eval().encode({m.name: torch.zeros(1, *m.shape) for m in manifest.modalities})
     for hook in hooks:
         hook.remove()
-    return total
+    return sum(sizes)
+
+
+def _mib(num_bytes: int) -> float:
+    return round(num_bytes / 2**20, 1)

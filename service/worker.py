@@ -57,8 +57,12 @@ def make_order(config: RunConfig, manifest: Manifest) -> Order:
 
 def make_method(config: RunConfig, manifest: Manifest) -> Method:
     """The model, initialised from the training seed, inside its method."""
-    parts = [(m.name, m.kind, m.shape) for m in manifest.modalities]
-    model = build_model(config.model, parts, len(manifest.classes), config.train.seed)
+    model = build_model(
+        config.model,
+        [(m.name, m.kind, m.shape) for m in manifest.modalities],
+        len(manifest.classes),
+        config.train.seed,
+    )
     return build_method(config.method, model, config.method_sections)
 
 
@@ -128,9 +132,9 @@ class _Rows:
 class _Reporter:
     """Rank 0's files and MLflow metrics, and the report to Ray that every rank makes."""
 
-    def __init__(self, payload: dict[str, Any], start_epoch: int, rows: "_Steps"):
+    def __init__(self, payload: dict[str, Any], start_epoch: int, steps: "_Steps"):
         self._folder = Path(payload["run_folder"])
-        self._steps = rows
+        self._steps = steps
         self._last = 0.0
         self._record: dict[str, Any] = {}
         self._logger: RunLogger | None = None
@@ -145,7 +149,7 @@ class _Reporter:
         """Write the progress record, at most every PROGRESS_SECONDS."""
         if rank() == 0 and time.monotonic() - self._last > PROGRESS_SECONDS:
             loss = float(sums["loss_sum"] / sums["rows"])
-            self._progress(progress.epoch, progress.step + 1, **{"train/loss": loss})
+            self._progress(progress.epoch, progress.step + 1, {"train/loss": loss})
 
     def epoch(self, epoch: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
         """Log the metrics of an epoch; with a checkpoint, report it to Ray (all ranks together)."""
@@ -158,7 +162,7 @@ class _Reporter:
                 k.removeprefix("alpha/"): v for k, v in metrics.items() if k.startswith("alpha/")
             }
             shown = {k: metrics[k] for k in ("train/loss", "val/accuracy") if k in metrics}
-            self._progress(epoch, self._steps.per_epoch, alpha=alpha, **shown)
+            self._progress(epoch, self._steps.per_epoch, {"alpha": alpha, **shown})
         if "val/accuracy" in metrics:
             ray.train.report(
                 metrics,
@@ -170,14 +174,16 @@ class _Reporter:
     def phase(self, phase: str) -> None:
         """Show a phase other than training."""
         if rank() == 0:
-            self._progress(self._steps.num_epochs - 1, self._steps.per_epoch, phase=phase)
+            self._progress(self._steps.num_epochs - 1, self._steps.per_epoch, {}, phase)
 
     def close(self) -> None:
         """Send what is still to be sent to MLflow."""
         if self._logger:
             self._logger.close()
 
-    def _progress(self, epoch: int, step: int, phase: str | None = None, **values: Any) -> None:
+    def _progress(
+        self, epoch: int, step: int, values: dict[str, Any], phase: str | None = None
+    ) -> None:
         self._last = time.monotonic()
         main = epoch >= self._steps.warmup_epochs
         self._record |= values | {

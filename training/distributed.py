@@ -70,7 +70,7 @@ def row_counts(count: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """Concatenate `rows` (n_r, ...) of all ranks into (sum n_r, ...), in rank order; differentiable.
+    """Concatenate `rows` (n_r, ...) of all ranks to (sum n_r, ...) in rank order; differentiable.
 
     Args:
         rows: this rank's rows; ranks may hold different numbers of rows, also none.

@@ -56,12 +56,13 @@ def fit(
     Raises:
         NonFiniteError: on every rank, before the optimizer moved.
     """
-    wrapped, trainable = None, None
+    wrapped: nn.Module = method
+    trainable = None
     for epoch in range(start_epoch, num_epochs):
         began = time.monotonic()
         method.set_phase(epoch)
         if trainable != (now := [p.requires_grad for p in method.parameters()]):
-            del wrapped  # the old reducer lets go of its gradient hooks before a new one is made
+            wrapped = method  # the old reducer lets go of its hooks before a new one is made
             wrapped, trainable = hooks.wrap(method), now
         method.before_epoch(hooks.data, Progress(seed, epoch, 0, num_epochs))
         metrics = {

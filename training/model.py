@@ -11,7 +11,7 @@ class MultimodalModel(nn.Module):
     """Encoders shared by unimodal heads and a fusion head (methods.md section 1).
 
     Args:
-        encoders: modality -> module mapping (B, ...) to (B, D_m) with an int attribute `out_features`.
+        encoders: modality -> module (B, ...) -> (B, D_m) with an int attribute `out_features`.
         num_classes: C.
         head_hidden: width of one hidden ReLU layer in every head; 0 makes heads linear.
 

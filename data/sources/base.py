@@ -38,6 +38,10 @@ class DataConfig(BaseModel):
     rows_per_group: int | None = Field(default=None, ge=1)
     """Rows per Parquet row group; None: training rows / 128, between 8 and 256."""
 
+    def group_rows(self, train_rows: int) -> int:
+        """Rows per row group; small ones, so that shuffling whole groups mixes well."""
+        return self.rows_per_group or min(max(train_rows // 128, 8), 256)
+
 
 @dataclass(frozen=True)
 class Item:

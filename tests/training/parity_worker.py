@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.training.toys import random_batch, tiny_method
+from tests.training.toys import START, random_batch, tiny_method, vector_batch, vector_midas
 from training.batch import Batch
 from training.distributed import gather_rows, rank, row_counts, world_size
 from training.loop import Hooks, fit
@@ -56,7 +56,7 @@ def global_batches(num_modalities: int) -> list[Batch]:
 
 def own_part(batch: Batch) -> Batch:
     """This rank's rows: the lanes it owns."""
-    mine = batch.lane * world_size() // NUM_LANES == rank()
+    mine = batch.lane * world_size() // batch.num_lanes == rank()
     return replace(
         batch,
         inputs={name: value[mine] for name, value in batch.inputs.items()},
@@ -118,9 +118,18 @@ def gather_gradient() -> dict[str, Tensor]:
     return {"rows": gathered.detach(), "grad": own.grad}
 
 
+def vector_c(labels: tuple[int, ...]) -> dict[str, Tensor]:
+    """Reduced sums of one step on vector C of methods.md, and alpha after it."""
+    method = vector_midas(pair_groups=2)
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+    batch = own_part(vector_batch(labels))
+    return method.train_step(wrap(method), batch, optimizer, START)
+
+
 def run_cases() -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {name: train(**case) for name, case in CASES.items()}
+    results["vector_c"] = {labels: vector_c(labels) for labels in ((0, 1, 2, 1), (0, 0, 2, 1))}
     return results | {"gather": gather_gradient()}
 
 

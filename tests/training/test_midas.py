@@ -9,60 +9,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.training.toys import make_batch, random_batch, tiny_method, tiny_model
+from tests.training.toys import (
+    F1,
+    F2,
+    START,
+    random_batch,
+    tiny_method,
+    tiny_model,
+    vector_batch,
+    vector_midas,
+)
 from training.batch import Batch, Progress
 from training.distributed import reduce_sums
 from training.methods import MidasConfig, midas, misalign, pairing
 from training.methods.midas import Midas, resolve
 from training.methods.pairing import GlobalRows, Pairs
-from training.model import MultimodalModel
 
 TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
-F1 = [[2.0, 0], [0, 2], [1, 1], [-1, 1]]
-F2 = [[1.0, 0], [0, 1], [1, -1], [0.5, 0.5]]
-LABEL = (0, 1, 2, 1)
 PARTNER_A, PARTNER_B, PARTNER_C = (1, 2, 3, 0), (2, 3, 0, 1), (1, 0, 3, 2)
-START = Progress(seed=0, epoch=0, step=0, num_epochs=1)
 
 
 def close(actual, expected) -> None:
     actual = torch.as_tensor(actual, dtype=torch.float64).detach()
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), **TOLERANCE)
-
-
-class Features(nn.Identity):
-    """The inputs are the features."""
-
-    out_features = 2
-
-
-def vector_midas(**config) -> Midas:
-    """The heads and alpha of methods.md 2.10, in float64."""
-    model = MultimodalModel({"one": Features(), "two": Features()}, num_classes=3).double()
-    weights = {
-        "heads.one.weight": [[1.0, 0], [0, 1], [0.5, 0.5]],
-        "heads.one.bias": [0.0, 0, 0],
-        "heads.two.weight": [[0.4, 0], [0, 0.4], [0.2, -0.2]],
-        "heads.two.bias": [0.0, 0, 0],
-        "fusion.weight": [[0.8, 0, 0.2, 0], [0, 0.8, 0, 0.2], [0.4, 0.4, 0.1, -0.1]],
-        "fusion.bias": [0.0, 0, 0.1],
-    }
-    model.load_state_dict(
-        {name: torch.tensor(value, dtype=torch.float64) for name, value in weights.items()}
-    )
-    method = Midas(model, MidasConfig(**{"warmup_epochs": 0, **config}))
-    method.alpha.copy_(torch.tensor([1.0, 1.2]))
-    return method
-
-
-def vector_batch(label=LABEL, keep=slice(None), lane=(0, 0, 1, 1)) -> Batch:
-    inputs = {
-        name: torch.tensor(rows, dtype=torch.float64)[keep].requires_grad_()
-        for name, rows in (("one", F1), ("two", F2))
-    }
-    return make_batch(inputs, torch.tensor(label)[keep], torch.tensor(lane)[keep], num_lanes=2)
 
 
 @pytest.fixture

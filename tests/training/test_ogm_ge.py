@@ -31,7 +31,7 @@ def three_samples() -> tuple[MultimodalModel, dict]:
     model = MultimodalModel({"a": Scale(), "b": Scale()}, num_classes=2).double()
     with torch.no_grad():
         model.fusion.weight.copy_(torch.eye(2).repeat(1, 2))
-        model.fusion.bias.copy_(torch.tensor([0.2, 0.0]))
+        model.fusion.bias.copy_(torch.tensor([0.2, 0.0], dtype=torch.float64))
     inputs = {
         "a": torch.tensor([[2.0, 0], [0, 2], [1, 0]], dtype=torch.float64),
         "b": torch.tensor([[0.1, 0], [0.2, 0], [0, 0]], dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""Two gloo ranks equal one process on the same global batches, for every method (methods.md 2.7)."""
+"""Two gloo ranks equal one process on the same global batches, for every method (2.7)."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def test_ranks_agree_exactly(case, two):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_runs_did_something(case, one):
-    """Parameters that learn moved, and alpha left 1 at some time, so that equality means something."""
+    """Parameters moved, and alpha left 1 at some time, so that equality means something."""
     run = one[case]
     moved = [k for k, v in run["state"].items() if not torch.equal(v, run["before"][k])]
     assert any(".encoders." in key for key in moved)
@@ -77,3 +77,20 @@ def test_gathered_rows_pass_gradients_back(one, two):
     for ranks, own in zip(two, (slice(0, ROWS_A), slice(ROWS_A, None)), strict=True):
         assert torch.equal(ranks["gather"]["rows"], alone["rows"])
         torch.testing.assert_close(ranks["gather"]["grad"], alone["grad"][own], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "total", "mis", "num_misaligned", "alpha"),
+    [
+        ((0, 1, 2, 1), 3.808434, 13.884789, 8, 1.25),
+        ((0, 0, 2, 1), 4.710623, 4 * 1.587787, 4, 1.15),  # rank 0 has no valid pair
+    ],
+)
+def test_vector_c_on_two_ranks(labels, total, mis, num_misaligned, alpha, two):
+    """The numbers of methods.md 2.10, each rank holding two of the four rows."""
+    for ranks in two:
+        got = ranks["vector_c"][labels]
+        assert got["loss_sum"] / 4 == pytest.approx(total, abs=1e-6)
+        assert got["loss_mis"] == pytest.approx(mis, abs=4e-6)
+        assert 2 * got["n_valid"] == num_misaligned
+        assert got["alpha"].tolist() == pytest.approx([1, alpha], abs=1e-6)

@@ -3,13 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from training.batch import Batch
-from training.methods import MidasConfig, OgmGeConfig, build_method
+from training.batch import Batch, Progress
+from training.methods import Midas, MidasConfig, OgmGeConfig, build_method
 from training.methods.base import Method
 from training.model import MultimodalModel
 
 NUM_CLASSES = 3
 WIDTH = 5
+
+# methods.md 2.10
+F1 = [[2.0, 0], [0, 2], [1, 1], [-1, 1]]
+F2 = [[1.0, 0], [0, 1], [1, -1], [0.5, 0.5]]
+LABEL = (0, 1, 2, 1)
+START = Progress(seed=0, epoch=0, step=0, num_epochs=1)
 
 
 class TinyEncoder(nn.Sequential):
@@ -58,3 +64,36 @@ def random_batch(
         for i in range(num_modalities)
     }
     return make_batch(inputs, label, torch.arange(num_rows) * num_lanes // num_rows, num_lanes)
+
+
+class Features(nn.Identity):
+    """The inputs are the features."""
+
+    out_features = 2
+
+
+def vector_midas(**config) -> Midas:
+    """The heads and alpha of methods.md 2.10, in float64."""
+    model = MultimodalModel({"one": Features(), "two": Features()}, num_classes=3).double()
+    weights = {
+        "heads.one.weight": [[1.0, 0], [0, 1], [0.5, 0.5]],
+        "heads.one.bias": [0.0, 0, 0],
+        "heads.two.weight": [[0.4, 0], [0, 0.4], [0.2, -0.2]],
+        "heads.two.bias": [0.0, 0, 0],
+        "fusion.weight": [[0.8, 0, 0.2, 0], [0, 0.8, 0, 0.2], [0.4, 0.4, 0.1, -0.1]],
+        "fusion.bias": [0.0, 0, 0.1],
+    }
+    model.load_state_dict(
+        {name: torch.tensor(value, dtype=torch.float64) for name, value in weights.items()}
+    )
+    method = Midas(model, MidasConfig(**{"warmup_epochs": 0, **config}))
+    method.alpha.copy_(torch.tensor([1.0, 1.2]))
+    return method
+
+
+def vector_batch(label=LABEL, keep=slice(None), lane=(0, 0, 1, 1)) -> Batch:
+    inputs = {
+        name: torch.tensor(rows, dtype=torch.float64)[keep].requires_grad_()
+        for name, rows in (("one", F1), ("two", F2))
+    }
+    return make_batch(inputs, torch.tensor(label)[keep], torch.tensor(lane)[keep], num_lanes=2)

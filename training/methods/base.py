@@ -111,9 +111,9 @@ class Method(nn.Module):
 
     def check_finite(self, sums: dict[str, Tensor]) -> None:
         """Raise NonFiniteError unless the reduced loss and the averaged gradients are finite."""
-        norms = torch._foreach_norm([p.grad for p in self.parameters() if p.grad is not None])
-        total = torch.stack([sums["loss_sum"].float(), *(n.float() for n in norms)]).sum()
-        if not bool(torch.isfinite(total)):
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if not bool(torch.isfinite(norm + sums["loss_sum"])):
             loss = float(sums["loss_sum"] / sums["rows"].clamp_min(1))
             raise NonFiniteError(
                 f"training loss is {loss:g}; loss and gradients must be finite on every rank, so "
