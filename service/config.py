@@ -29,15 +29,15 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Training seed: initial weights, order of rows, pairing."""
-    global_batch_size: int = Field(64, ge=2)
+    global_batch_size: int = Field(default=64, ge=2)
     """Rows of one optimizer step, over all workers."""
-    lanes: int = Field(8, ge=1)
+    lanes: int = Field(default=8, ge=1)
     """Lanes of the row order; a multiple of every number of workers you want equal results for."""
-    shuffle_window_mib: int = Field(256, ge=1)
+    shuffle_window_mib: int = Field(default=256, ge=1)
     """Memory of one shuffle window over all workers, in MiB."""
-    eval_every_epochs: int = Field(1, ge=1)
+    eval_every_epochs: int = Field(default=1, ge=1)
     """Epochs between validations; a checkpoint is written after each."""
 
 
@@ -46,13 +46,13 @@ class ScalingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    num_workers: int = Field(2, ge=1)
+    num_workers: int = Field(default=2, ge=1)
     """Data-parallel workers, one process each."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes one GPU a worker where the cluster has enough of them."""
-    cpus_per_worker: int = Field(1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1)
     """CPU cores, and threads, of one worker."""
-    max_failures: int = Field(2, ge=0)
+    max_failures: int = Field(default=2, ge=0)
     """Worker crashes after which the run is given up; each continues at the last checkpoint."""
 
 
@@ -74,7 +74,7 @@ class RunConfig(BaseModel):
     """MLflow experiment."""
     storage: str = "runs"
     """Folder for prepared data, runs and the local MLflow store; shared by all nodes."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run name; the same name continues a stopped run. None makes a new one from the time."""
 
     @property

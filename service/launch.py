@@ -129,6 +129,7 @@ def train(
     run_folder = Path(config.storage).resolve() / config.name
     if (done := _check_existing(run_folder, config)) is not None:
         return RunOutcome(run_folder, done, finished_before=True)
+    began = time.monotonic()
     data_folder = ensure_prepared(config, prepare_progress)
     manifest = load_manifest(data_folder)
     check_plan(config, manifest)
@@ -144,7 +145,6 @@ def train(
             "run_folder": str(run_folder),
             "tracking": {"uri": uri, "run_id": run_id},
         }
-        began = time.monotonic()
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         result: dict[str, Any] = {}
         try:

@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _active() -> bool:
@@ -38,6 +38,17 @@ def reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
         name: part.reshape(value.shape)
         for (name, value), part in zip(sums.items(), parts, strict=True)
     }
+
+
+def sync_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0.
+
+    Running statistics of BatchNorm differ between ranks after a step; validation and checkpoint
+    must see one model.
+    """
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 class _Gather(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from training.batch import Batch, Progress
-from training.distributed import rank
+from training.distributed import rank, sync_buffers
 from training.methods.base import EpochData, Method
 
 
@@ -74,6 +74,7 @@ def fit(
         )
         scheduler.step()
         if (epoch + 1) % eval_every_epochs == 0 or epoch + 1 == num_epochs:
+            sync_buffers(method)
             metrics |= hooks.validate()
         metrics["time/epoch_seconds"] = time.monotonic() - began
         hooks.on_epoch(epoch, metrics)

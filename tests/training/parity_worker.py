@@ -47,7 +47,7 @@ def global_batches(num_modalities: int) -> list[Batch]:
     )
     one_class.label[one_class.lane < 2] = 0
     equal.label[:] = 1
-    lanes = ([0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 2, 2, 2, 3, 3, 3])  # 5 and 2, 3 and 6 rows
+    lanes = ([0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 2, 2, 2, 3, 3, 3])  # 7 and 0, 3 and 6 rows
     uneven = [
         replace(batch, lane=torch.tensor(lane)) for batch, lane in zip(uneven, lanes, strict=True)
     ]

@@ -15,6 +15,7 @@ from tests.training.toys import (
     F1,
     F2,
     START,
+    make_batch,
     random_batch,
     tiny_method,
     tiny_model,
@@ -460,6 +461,16 @@ def draw(rows: GlobalRows, num_partners: int, seed: int, kind="mismatch", fused=
     fused = torch.zeros(len(rows.label_G), 3) if fused is None else fused
     generator = torch.Generator().manual_seed(seed)
     return pairing.draw_partners(rows, num_partners, kind, fused, generator)
+
+
+@pytest.mark.parametrize(
+    ("pair_groups", "expected"),
+    [(1, [0] * 6), (2, [0, 0, 0, 1, 1, 1]), (3, [0, 0, 0, 1, 2, 2]), (4, [0, 0, 1, 2, 3, 3])],
+)
+def test_pair_groups_are_runs_of_lanes(pair_groups, expected):
+    lane = [0, 0, 1, 2, 3, 3]
+    rows = pairing.global_rows(make_batch({}, range(6), lane, num_lanes=4), pair_groups)
+    assert rows.group_G.tolist() == expected
 
 
 @pytest.mark.parametrize("num_partners", [1, 2, 3])

@@ -81,7 +81,7 @@ def ratio_step(raw_uni_M: Tensor, raw_multi_SM: Tensor, kinetics: bool) -> Tenso
     inverted = (raw_multi_SM[:, 1] / raw_multi_SM[:, 0]).mean()
     first_up = inverted > uni if kinetics else multi < uni
     up = torch.where(uni > 1, multi > uni, first_up)
-    return torch.where(up, 1.0, -1.0)
+    return up.to(uni.dtype) * 2 - 1
 
 
 def next_alpha(

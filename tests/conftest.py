@@ -1,0 +1,21 @@
+"""One thread, Ray's environment as the command sets it, and where the shared real data may be."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.environment import configure_ray
+
+configure_ray()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data, where it is present."""
+    folder = Path(os.environ.get("MIDAS_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}")
+    return folder

@@ -1,0 +1,186 @@
+"""The command line on real Ray, real MLflow and the embedded data set, as a user runs it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from safetensors.numpy import load_file
+
+from data.schema import load_manifest
+
+pytestmark = pytest.mark.ray
+
+SMALL = ["--optim.epochs", "4", "--midas.warmup-epochs", "1", "--train.global-batch-size", "128", "--model.encoders.image.kind", "mlp", "--model.encoders.audio.kind", "mlp"]
+
+
+def midas(*args: str, storage: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", *args, "--storage", str(storage)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+    )
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def weights(storage: Path, name: str) -> dict[str, np.ndarray]:
+    result = json.loads((storage / name / "result.json").read_text())
+    return load_file(storage / name / result["checkpoint"] / "model.safetensors")
+
+
+def tracked(storage: Path, name: str):
+    """The only MLflow run of this name."""
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("midas")
+    assert experiment
+    runs = client.search_runs([experiment.experiment_id])
+    found = [run for run in runs if run.info.run_name == name]
+    assert len(found) == 1
+    return client, found[0]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(storage: Path) -> dict:
+    return last_json(midas("train", "digits", *SMALL, "--name", "whole", "--json", storage=storage))
+
+
+def test_result_has_the_promised_names(trained: dict):
+    for name in ("accuracy", "f1_macro", "f1_macro_batch64", "misaligned_top2"):
+        assert 0 <= trained[f"test/{name}"] <= 1
+    for modality in ("image", "audio"):
+        assert 0 <= trained[f"test/head_accuracy/{modality}"] <= 1
+        assert 0 <= trained[f"test/zero_out_accuracy/{modality}"] <= 1
+    assert trained["test/accuracy"] > 0.3
+    assert trained["seconds"] > 0
+
+
+def test_run_folder_is_complete(trained: dict, storage: Path):
+    folder = storage / "whole"
+    assert {"config.yaml", "result.json", trained["checkpoint"]} <= {
+        p.name for p in folder.iterdir()
+    }
+    files = {path.suffix for path in (folder / trained["checkpoint"]).iterdir()}
+    assert files == {".safetensors", ".json"}
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == [0, 1, 2, 3]
+    assert [row["main_phase"] for row in history] == [0, 1, 1, 1]
+    best = max(history[1:], key=lambda row: row["val/accuracy"])
+    assert trained["val/accuracy"] == best["val/accuracy"]
+
+
+def test_mlflow_has_one_finished_run(trained: dict, storage: Path):
+    client, run = tracked(storage, "whole")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["midas.warmup_epochs"] == "1"
+    assert run.data.params["optim.epochs"] == "4"
+    assert run.data.tags["data_digest"] == trained["data_digest"]
+    assert re.match(r"[0-9a-f]{40}|unknown", run.data.tags["git_commit"])
+    assert run.data.metrics["test/accuracy"] == pytest.approx(trained["test/accuracy"])
+    for name in ("alpha/image", "conf_uni/audio", "conf_multi/audio", "mis_val_top2"):
+        assert len(client.get_metric_history(run.info.run_id, name)) >= 3
+    artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"alpha.png", "confidences.png", "config.yaml", "result.json"} <= artifacts
+
+
+def test_finished_run_is_not_run_again_and_a_changed_one_is_refused(trained: dict, storage: Path):
+    began = time.monotonic()
+    again = last_json(
+        midas("train", "digits", *SMALL, "--name", "whole", "--json", storage=storage)
+    )
+    assert again == trained
+    assert time.monotonic() - began < 20
+    changed = midas(
+        "train", "digits", *SMALL, "--name", "whole", "--optim.lr", "0.5", storage=storage
+    )
+    assert changed.returncode == 1
+    assert "optim.lr: 0.01 -> 0.5" in changed.stderr.replace("\n", " ")
+
+
+def test_evaluate_repeats_the_test_result(trained: dict, storage: Path):
+    result = last_json(midas("evaluate", "whole", "--json", storage=storage))
+    for name, value in trained.items():
+        if name.startswith("test/"):
+            assert result[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_stopped_run_is_killed_and_the_same_command_continues_it_exactly(
+    trained: dict, storage: Path
+):
+    command = [sys.executable, "-m", "service", "train", "digits", *SMALL, "--name", "halted"]
+    process = subprocess.Popen(
+        [*command, "--storage", str(storage)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    history = storage / "halted" / "history.jsonl"
+    deadline = time.monotonic() + 120
+    while not (history.is_file() and history.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "continues" in stderr
+    assert "Traceback" not in stderr
+    client, run = tracked(storage, "halted")
+    assert run.info.status == "KILLED"
+
+    result = last_json(
+        midas("train", "digits", *SMALL, "--name", "halted", "--json", storage=storage)
+    )
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
+    for name, value in weights(storage, "whole").items():
+        assert (value == weights(storage, "halted")[name]).all(), name
+    assert result["test/accuracy"] == trained["test/accuracy"]
+
+
+def test_one_worker_computes_what_two_compute(trained: dict, storage: Path):
+    one = last_json(
+        midas(
+            *("train", "digits", *SMALL, "--scaling.num-workers", "1", "--name", "one", "--json"),
+            storage=storage,
+        )
+    )
+    for name, value in weights(storage, "whole").items():
+        np.testing.assert_allclose(value, weights(storage, "one")[name], atol=2e-5, err_msg=name)
+    assert one["test/accuracy"] == pytest.approx(trained["test/accuracy"], abs=0.003)
+
+
+def test_diverging_run_stops_and_is_closed_as_failed(storage: Path):
+    done = midas("train", "digits", *SMALL, "--optim.lr", "1e30", "--name", "nan", storage=storage)
+    assert done.returncode == 1
+    assert "finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert tracked(storage, "nan")[1].info.status == "FAILED"
+    assert not (storage / "nan" / "result.json").exists()
+
+
+def test_corrupt_shard_is_found_before_anything_starts(trained: dict, tmp_path: Path):
+    assert midas("prepare", "digits", storage=tmp_path).returncode == 0
+    folder = next((tmp_path / "shards").iterdir())
+    shard = folder / load_manifest(folder).splits["val"][0].path
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    done = midas("train", "digits", *SMALL, "--name", "bad", storage=tmp_path)
+    assert done.returncode == 1
+    assert "corrupt" in done.stderr
+    assert not (tmp_path / "bad").exists()
