@@ -5,21 +5,27 @@ batch, or one evaluation chunk; `columns` turns a table into numpy arrays withou
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import Datasource, ReadTask
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
 from data.order import Order, Read, chunk_reads
 from data.schema import Manifest, Split
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 LANE = "lane"
 
@@ -68,6 +74,17 @@ def read_chunks(reader: ShardReader, chunk_rows: int, first: int, last: int) -> 
     start, stop = first * chunk_rows, min(last * chunk_rows, reader.manifest.rows(reader.split))
     table = reader.read(chunk_reads(reader.group_rows, start, stop))
     return [table.append_column(LANE, pa.array(np.arange(start, stop) // chunk_rows))]
+
+
+class _Pace(ExecutionCallback):
+    """Lets Ray Data's scheduling loop run 50 times a second.
+
+    The loop does not wait while its output is full: it would spin, in a thread of the training
+    process, and take half of a one-core worker's time (step time 0.25 s against 0.07 s).
+    """
+
+    def on_execution_step(self, executor: "StreamingExecutor") -> None:
+        time.sleep(0.02)
 
 
 class _PlannedReads(Datasource):
@@ -148,6 +165,7 @@ def _execute(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_Pace]
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.read_datasource(
         _PlannedReads(reads, rows, row_nbytes),

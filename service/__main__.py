@@ -68,25 +68,29 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, *, preset: bool) -> argparse.ArgumentParser:
-        more = " All settings: midas train PRESET --help." if preset else ""
         sub = verbs.add_parser(
             name,
             help=text,
-            description=f"{text}.{more}",
+            description=f"{text}.",
             parents=[common],
             allow_abbrev=False,
-            add_help=not preset,
+            add_help=not preset,  # tyro shows it, above all settings
+            usage=argparse.SUPPRESS if preset else None,
         )
         if preset:
             sub.add_argument("preset", nargs="?", help="name in tune_configs/, or a YAML file")
+            sub.set_defaults(verb_help=sub.format_help)
         return sub
 
     verb("prepare", "turn raw files into shards and a manifest", preset=True)
     train = verb("train", "train, pick the best checkpoint, test it", preset=True)
     train.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     compare = verb("compare", "train methods over seeds and print a table", preset=True)
-    compare.add_argument("--methods", nargs="+", default=["joint", "joint_uni", "midas"])
-    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    methods, seeds = ["joint", "joint_uni", "midas"], [0, 1, 2]
+    compare.add_argument(
+        "--methods", nargs="+", default=methods, help="default: joint joint_uni midas"
+    )
+    compare.add_argument("--seeds", nargs="+", type=int, default=seeds, help="default: 0 1 2")
     evaluate = verb("evaluate", "evaluate the best checkpoint of a run", preset=False)
     evaluate.add_argument("run", help="run name, or its folder")
     evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
@@ -109,7 +113,11 @@ def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
         )
     default = load_preset(args.preset) if args.preset else RunConfig()
     config = tyro.cli(
-        RunConfig, default=default, args=rest, prog=f"midas {args.verb} {args.preset or 'PRESET'}"
+        RunConfig,
+        default=default,
+        args=rest,
+        prog=f"midas {args.verb} {args.preset or 'PRESET'}",
+        description=args.verb_help(),
     )
     check(config)
     return config
@@ -172,7 +180,7 @@ def _ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[s
     from service.environment import environment
 
     uri = tracking.tracking_uri(Path(args.storage), environment()["MLFLOW_TRACKING_URI"])
-    command, env, _ = tracking.ui_command(uri, "127.0.0.1", args.port)
+    command, env = tracking.ui_command(uri, "127.0.0.1", args.port)
     console.status(f"MLflow UI of {uri}: http://127.0.0.1:{args.port} (Ctrl-C ends it)")
     os.execvpe(command[0], command, {**os.environ, **env})
 

@@ -6,7 +6,7 @@ each other, and errors are turned into sentences.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -108,11 +108,11 @@ def check(config: RunConfig) -> None:
         config.train.lanes,
     )
     if batch % workers:
-        low = batch // workers * workers
+        low = max(batch // workers, 1) * workers
         raise ConfigError(
             f"train.global_batch_size={batch} is not divisible by scaling.num_workers={workers}; "
-            f"every worker gets the same share of a batch; use {low or workers} or "
-            f"{low + workers}, or change scaling.num_workers"
+            f"every worker gets the same share of a batch; use {low} or {low + workers}, or change "
+            "scaling.num_workers"
         )
     if lanes % workers or batch % lanes:
         fits = [n for n in range(workers, batch + 1, workers) if batch % n == 0]
@@ -155,8 +155,8 @@ def load_preset(name: str) -> RunConfig:
             path = PRESETS / f"{name}.yaml"
         if not path.is_file():
             raise ConfigError(
-                f"there is no preset {name!r}; presets are {', '.join(preset_names())}"
-                f"{_did_you_mean(name, preset_names())}; or give the path of a YAML file"
+                f"there is no preset {name!r}{_did_you_mean(name, preset_names())}; presets are "
+                f"{', '.join(preset_names())}; or give the path of a YAML file"
             )
     return parse_config(path.read_text(), str(path))
 
@@ -184,9 +184,9 @@ def explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = RunConfig
         for part in problem["loc"][:-1]:
-            field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-            section = field.annotation if field else None
-        valid = list(getattr(section, "model_fields", {}))
+            is_dict = get_origin(section) is dict
+            section = get_args(section)[1] if is_dict else section.model_fields[part].annotation
+        valid = list(section.model_fields)
         return (
             f"unknown key {where}{_did_you_mean(str(problem['loc'][-1]), valid)}; "
             f"valid keys here: {', '.join(valid)}"
@@ -197,7 +197,7 @@ def explain(error: ValidationError) -> str:
 
 def _did_you_mean(name: str, valid: list[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def config_yaml(config: RunConfig) -> str:

@@ -1,0 +1,30 @@
+"""The bench scripts run and print what they promise; nothing here judges a time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parent / "bench"
+
+
+def test_method_step_prints_one_json_line():
+    config = {"encoder": "small_cnn", "rows": 4, "size": 16, "steps": 2, "rounds": 2}
+    flags = [text for name, value in config.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "method_step.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    result = json.loads(done.stdout)
+    assert {"cpu", "cores", "threads", "torch", "load_average", "commit"} == set(result["machine"])
+    assert result["config"] == config
+    assert set(result["step_seconds"]) == {"midas", "joint_uni", "joint"}
+    assert all(seconds > 0 for seconds in result["step_seconds"].values())
+    assert result["pairs"] == 4
+    low, middle, high = (result[f"midas_over_joint_uni{end}"] for end in ("_min", "", "_max"))
+    assert 0 < low <= middle <= high
+    assert result["midas_over_joint"] > 0
