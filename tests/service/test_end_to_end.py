@@ -18,7 +18,18 @@ from data.schema import load_manifest
 
 pytestmark = pytest.mark.ray
 
-SMALL = ["--optim.epochs", "4", "--midas.warmup-epochs", "1", "--train.global-batch-size", "128", "--model.encoders.image.kind", "mlp", "--model.encoders.audio.kind", "mlp"]
+SMALL = [
+    "--optim.epochs",
+    "4",
+    "--midas.warmup-epochs",
+    "1",
+    "--train.global-batch-size",
+    "128",
+    "--model.encoders.image.kind",
+    "mlp",
+    "--model.encoders.audio.kind",
+    "mlp",
+]
 
 
 def midas(*args: str, storage: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -68,13 +68,13 @@ class MidasConfig(BaseModel, extra="forbid", frozen=True):
     variant: Literal["paper", "official_code"] = "paper"
     """Decides every field that is left at None: as printed, or as released."""
 
-    warmup_epochs: int = Field(10, ge=0)
+    warmup_epochs: int = Field(default=10, ge=0)
     """Epochs that train encoders and unimodal heads only; released: 10, Food-101 2, UCF-101 0."""
 
-    lambda_mis: float = Field(1.0, ge=0)
+    lambda_mis: float = Field(default=1.0, ge=0)
     """Weight of the misaligned loss; the paper takes 5 for Kinetics-Sounds, 1 elsewhere."""
 
-    eta: float = Field(0.05, ge=0)
+    eta: float = Field(default=0.05, ge=0)
     """Step of alpha."""
 
     weak_modality_weighting: bool = True
@@ -92,7 +92,7 @@ class MidasConfig(BaseModel, extra="forbid", frozen=True):
     pairing: Pairing | None = None
     """Partners: any other label; a shuffle (labels may repeat); the class confused with the own."""
 
-    pair_groups: int = Field(1, ge=1)
+    pair_groups: int = Field(default=1, ge=1)
     """Groups of the global batch in which rows find partners; a multiple of the number of workers
     spares the exchange of features."""
 
@@ -108,7 +108,7 @@ class MidasConfig(BaseModel, extra="forbid", frozen=True):
     alpha_flip: AlphaFlip | None = None
     """When another modality becomes weak: others return to 1, keep theirs, or it moves."""
 
-    alpha_cap: float | None = Field(None, ge=1)
+    alpha_cap: float | None = Field(default=None, ge=1)
     """Largest alpha; none in the paper, 10 in the released Kinetics-Sounds code."""
 
     kinetics_ratio_test: bool = False

@@ -16,13 +16,13 @@ from training.model import MultimodalModel
 class OgmGeConfig(BaseModel, extra="forbid", frozen=True):
     """OGM-GE hyper-parameters; defaults are those of the authors' code."""
 
-    strength: float = Field(0.1, ge=0)
+    strength: float = Field(default=0.1, ge=0)
     """a in 1 - tanh(a * ratio); authors: 0.1, CREMA-D 0.8; BalanceBenchmark: 0.3."""
 
-    start_epoch: int = Field(0, ge=0)
+    start_epoch: int = Field(default=0, ge=0)
     """First epoch with modulation; BalanceBenchmark: 10."""
 
-    end_epoch: int = Field(50, ge=0)
+    end_epoch: int = Field(default=50, ge=0)
     """Last epoch with modulation, inclusive; BalanceBenchmark: 80."""
 
     noise: bool = True
