@@ -50,6 +50,32 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """What an epoch of resampled rows takes from each row group; rows may repeat.
+
+    Attributes:
+        offsets: (G + 1,) int64, where the entries of each row group begin, and n.
+        row: (n,) int64 row of each entry, counted from the start of its row group.
+        keep: (n,) int64 bit masks; bit m is set where modality m of the manifest is kept.
+    """
+
+    offsets: np.ndarray
+    row: np.ndarray
+    keep: np.ndarray
+
+    @cached_property
+    def group_rows(self) -> tuple[int, ...]:
+        """Entries of every row group, for `Order`."""
+        return tuple(np.diff(self.offsets).tolist())
+
+    def part(self, read: Read) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and masks of a slice of one row group's entries."""
+        base = self.offsets[read.row_group]
+        where = slice(base + read.start, base + read.stop)
+        return self.row[where], self.keep[where]
+
+
+@dataclass(frozen=True)
 class Order:
     """The order of one split.
 
@@ -113,15 +139,22 @@ class Order:
         """
         if self.lanes % world_size:
             raise DataError(
-                f"lanes={self.lanes} is not divisible by num_workers={world_size}; every worker "
-                "owns the same number of lanes; set data lanes to a multiple of the workers"
+                f"train.lanes={self.lanes} is not divisible by scaling.num_workers={world_size}; "
+                "every worker owns the same number of lanes; set train.lanes to a multiple of "
+                "scaling.num_workers"
             )
         share = self.lanes // world_size
         return range(rank * share, (rank + 1) * share)
 
     def batch_rows(self, step: int, lanes: range) -> int:
-        """Rows that `lanes` give to global batch `step`."""
-        return sum(stop - start for start, stop in (self._lane_batch(i, step) for i in lanes))
+        """Rows that neighbouring `lanes` give to global batch `step`."""
+        return self._rows_until(step + 1, lanes) - self._rows_until(step, lanes)
+
+    def window_rows(self, index: int, lanes: range) -> int:
+        """Rows that neighbouring `lanes` give to window `index`."""
+        first = index * self.window_batches
+        stop = min(first + self.window_batches, self.num_steps)
+        return self._rows_until(stop, lanes) - self._rows_until(first, lanes)
 
     def window(self, epoch: int, index: int, lanes: range) -> Window:
         """The rows of `lanes` in window `index` of `epoch`, in final order."""
@@ -158,6 +191,12 @@ class Order:
         groups = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.group_rows))
         offsets = np.concatenate([[0], np.cumsum(np.asarray(self.group_rows)[groups])])
         return groups, offsets
+
+    def _rows_until(self, step: int, lanes: range) -> int:
+        """Rows of `lanes` in the global batches before `step`."""
+        if step == self.num_steps:
+            return self._lane_start(lanes.stop) - self._lane_start(lanes.start)
+        return step * (self.global_batch_size // self.lanes) * len(lanes)
 
     def _lane_start(self, lane: int) -> int:
         return lane * self.num_rows // self.lanes

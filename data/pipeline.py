@@ -6,28 +6,35 @@ batch, or one evaluation chunk; `columns` turns a table into numpy arrays withou
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
-from ray.data import Datasource, ReadTask
+from ray.data import DataContext, Datasource, ExecutionResources, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
-from data.order import Order, Read, chunk_reads
-from data.schema import Manifest, Split
+from data.order import Entries, Order, Read, chunk_reads
+from data.schema import DataError, Manifest, Split
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 LANE = "lane"
+KEEP = "keep"
+# Read tasks of one stream that run at a time, and tables that they may be ahead of the one in use.
+CONCURRENT_READS = 2
+TABLES_AHEAD = 3
+# Ray Data stores all tasks of an execution before the first runs (20,000 took half a minute).
+READS_PER_EXECUTION = 1000
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,12 @@ class ShardReader:
         """Rows of every row group of the split, in shard order."""
         return tuple(n for shard in self.manifest.splits[self.split] for n in shard.row_groups)
 
-    def read(self, reads: Iterable[Read]) -> pa.Table:
-        """Read slices and concatenate them; whole row groups, memory mapped, one thread."""
+    def read(self, reads: Iterable[Read], entries: Entries | None = None) -> pa.Table:
+        """Read slices and concatenate them; whole row groups, memory mapped, one thread.
+
+        Args:
+            entries: if given, slices are of a row group's entries, and a column `keep` is added.
+        """
         where = [
             (shard.path, index)
             for shard in self.manifest.splits[self.split]
@@ -56,16 +67,78 @@ class ShardReader:
             with pq.ParquetFile(Path(self.folder) / path, memory_map=True) as file:
                 for read in part:
                     group = file.read_row_group(where[read.row_group][1], names, use_threads=False)
-                    tables.append(group.slice(read.start, read.stop - read.start))
+                    tables.append(_part(group, read, entries))
         return pa.concat_tables(tables)
 
 
+def _part(group: pa.Table, read: Read, entries: Entries | None) -> pa.Table:
+    if entries is None:
+        return group.slice(read.start, read.stop - read.start)
+    row, keep = entries.part(read)
+    return group.take(pa.array(row)).append_column(KEEP, pa.array(keep))
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Where every sample of a split is, for `locate`.
+
+    Attributes:
+        sample_id: (N,) int64, ascending.
+        position: (N,) int64 row number of each sample in shard order.
+        offsets: (G + 1,) int64 row number where each row group begins, and N.
+    """
+
+    sample_id: np.ndarray
+    position: np.ndarray
+    offsets: np.ndarray
+
+
+def sample_index(reader: ShardReader) -> SampleIndex:
+    """Read the sample ids of a split; costs 8 bytes a row of reading, 16 of memory."""
+    parts = [
+        pq.read_table(
+            Path(reader.folder) / shard.path, columns=["sample_id"], memory_map=True
+        ).column(0)
+        for shard in reader.manifest.splits[reader.split]
+    ]
+    sample_id = np.concatenate([part.to_numpy() for part in parts])
+    position = np.argsort(sample_id, kind="stable")
+    return SampleIndex(sample_id[position], position, np.cumsum([0, *reader.group_rows]))
+
+
+def locate(index: SampleIndex, sample_id: np.ndarray, keep: np.ndarray) -> Entries:
+    """Entries of an epoch that has each of these samples, with these modalities kept.
+
+    The result does not depend on the order of the arguments' rows.
+
+    Args:
+        sample_id: (n,) int64; repeats allowed.
+        keep: (n,) int64 bit masks, see `Entries`.
+
+    Raises:
+        DataError: a sample is not in the split.
+    """
+    found = np.searchsorted(index.sample_id, sample_id).clip(max=len(index.sample_id) - 1)
+    unknown = sample_id[index.sample_id[found] != sample_id]
+    if len(unknown):
+        raise DataError(
+            f"{len(unknown)} of {len(sample_id)} resampled rows are not in the split, the first is "
+            f"sample_id={unknown[0]}; resample only rows of this prepared set's split"
+        )
+    position = index.position[found]
+    order = np.lexsort((keep, position))
+    position = position[order]
+    offsets = np.searchsorted(position, index.offsets)
+    group = np.searchsorted(index.offsets, position, side="right") - 1
+    return Entries(offsets, position - index.offsets[group], keep[order].astype(np.int64))
+
+
 def read_window(
-    reader: ShardReader, order: Order, lanes: range, epoch: int, index: int
+    reader: ShardReader, order: Order, entries: Entries | None, lanes: range, epoch: int, index: int
 ) -> list[pa.Table]:
     """One window of `lanes` as a table in batch order, with a `lane` column."""
     window = order.window(epoch, index, lanes)
-    table = reader.read(window.reads).take(pa.array(window.take))
+    table = reader.read(window.reads, entries).take(pa.array(window.take))
     return [table.append_column(LANE, pa.array(window.lane))]
 
 
@@ -90,7 +163,9 @@ class _Pace(ExecutionCallback):
 class _PlannedReads(Datasource):
     """Read tasks that were planned outside: Ray schedules them, we decide what is in them."""
 
-    def __init__(self, reads: list[Callable[[], list[pa.Table]]], rows: list[int], row_nbytes: int):
+    def __init__(
+        self, reads: list[Callable[[], list[pa.Table]]], rows: Sequence[int], row_nbytes: int
+    ):
         super().__init__()
         self._reads = reads
         self._rows = rows
@@ -107,12 +182,21 @@ class _PlannedReads(Datasource):
 
 
 def train_stream(
-    reader: ShardReader, order: Order, *, rank: int, world_size: int, epochs: range, step: int = 0
+    reader: ShardReader,
+    order: Order,
+    *,
+    rank: int,
+    world_size: int,
+    epochs: range,
+    step: int = 0,
+    entries: Entries | None = None,
 ) -> Iterator[pa.Table]:
     """This rank's part of every global batch of `epochs`, in order.
 
     Args:
+        order: order of the split's rows, or of `entries` if they are given.
         step: first step wanted of the first epoch; the rows before it are not delivered.
+        entries: resampled rows to read instead of the split's; the tables get a column `keep`.
     """
     lanes = order.lanes_of(rank, world_size)
     first = order.window_of(step)
@@ -121,15 +205,17 @@ def train_stream(
         for epoch in epochs
         for window in range(first if epoch == epochs.start else 0, order.num_windows)
     ]
-    steps = range(order.num_steps)
-    rows = [
-        [order.batch_rows(i, lanes) for i in steps[start : start + order.window_batches]]
-        for start in steps[:: order.window_batches]
-    ]
-    reads = [partial(read_window, reader, order, lanes, *item) for item in plan]
-    tables = _execute(reads, [sum(rows[w]) for _, w in plan], reader.manifest.row_nbytes)
-    batches = cut(tables, (count for _, window in plan for count in rows[window]))
-    for _ in range(step - first * order.window_batches):
+    tables = run_reads(
+        read_window,
+        (reader, order, entries),
+        [(lanes, *item) for item in plan],
+        [order.window_rows(window, lanes) for _, window in plan],
+        reader.manifest.row_nbytes,
+    )
+    skipped = first * order.window_batches
+    steps = range(skipped, len(epochs) * order.num_steps)
+    batches = cut(tables, (order.batch_rows(i % order.num_steps, lanes) for i in steps))
+    for _ in range(step - skipped):
         next(batches)
     yield from batches
 
@@ -148,32 +234,83 @@ def eval_stream(
     if first == last:
         return
     per_task = max(1, task_rows // chunk_rows)
-    starts = range(first, last, per_task)
-    reads = [
-        partial(read_chunks, reader, chunk_rows, start, min(start + per_task, last))
-        for start in starts
-    ]
-    counts = [min(chunk_rows, rows - chunk * chunk_rows) for chunk in range(first, last)]
-    sizes = [sum(counts[start - first :][:per_task]) for start in starts]
-    yield from cut(_execute(reads, sizes, reader.manifest.row_nbytes), iter(counts))
+    spans = [(start, min(start + per_task, last)) for start in range(first, last, per_task)]
+    tables = run_reads(
+        read_chunks,
+        (reader, chunk_rows),
+        spans,
+        [min(stop * chunk_rows, rows) - start * chunk_rows for start, stop in spans],
+        reader.manifest.row_nbytes,
+    )
+    yield from cut(tables, (min(chunk_rows, rows - i * chunk_rows) for i in range(first, last)))
 
 
-def _execute(
-    reads: list[Callable[[], list[pa.Table]]], rows: list[int], row_nbytes: int
+def run_reads(
+    read: Callable[..., list[pa.Table]],
+    shared: tuple[Any, ...],
+    items: Sequence[tuple[Any, ...]],
+    rows: Sequence[int],
+    row_nbytes: int,
 ) -> Iterator[pa.Table]:
-    """Run read tasks on Ray Data and yield their blocks in task order."""
-    context = ray.data.DataContext.get_current()
+    """Run `read(*shared, *item)` for every item on Ray Data; yield its tables in item order.
+
+    One task makes one block whatever its size, so it always ends and never waits, half done, for
+    somebody to take its output. Tasks ask for no CPU: a stream that is paused, or workers that use
+    all CPUs, cannot keep another stream from reading. Their number and memory are bounded instead.
+
+    Args:
+        shared: stored once; a task holds a reference to it.
+        rows: rows of every item's table.
+    """
+    reads = small_reads(read, shared, items)
+    for first in range(0, len(reads), READS_PER_EXECUTION):
+        part = slice(first, first + READS_PER_EXECUTION)
+        dataset = _dataset(reads[part], rows[part], row_nbytes)
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+def small_reads(
+    read: Callable[..., list[pa.Table]], shared: tuple[Any, ...], items: Sequence[tuple[Any, ...]]
+) -> list[Callable[[], list[pa.Table]]]:
+    """`read(*shared, *item)` for every item; each holds a reference to the one stored `shared`."""
+    stored = ray.put(shared)
+    return [partial(_fetch_and_read, stored, read, item) for item in items]
+
+
+def _fetch_and_read(
+    stored: "ray.ObjectRef[tuple[Any, ...]]",
+    read: Callable[..., list[pa.Table]],
+    item: tuple[Any, ...],
+) -> list[pa.Table]:
+    return read(*ray.get(stored), *item)
+
+
+def _dataset(
+    reads: list[Callable[[], list[pa.Table]]], rows: Sequence[int], row_nbytes: int
+) -> ray.data.Dataset:
+    with DataContext.current(_context(TABLES_AHEAD * max(rows) * row_nbytes)):
+        return ray.data.read_datasource(
+            _PlannedReads(reads, rows, row_nbytes),
+            # More blocks than tasks would make Ray split every table again.
+            override_num_blocks=len(reads),
+            num_cpus=0,
+            concurrency=min(CONCURRENT_READS, len(reads)),
+        )
+
+
+def _context(ahead_bytes: int) -> DataContext:
+    """A copy of Ray Data's settings with ours; the process's own stay as they are."""
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.target_max_block_size = None
     context.execution_options.preserve_order = True
+    # Without it every stream would take half of the object store, and there are several per worker.
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=ahead_bytes
+    )
     context.custom_execution_callback_classes = [_Pace]
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    dataset = ray.data.read_datasource(
-        _PlannedReads(reads, rows, row_nbytes),
-        # More blocks than tasks would make Ray split every table again.
-        override_num_blocks=len(reads),
-        num_cpus=1,
-    )
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    return context
 
 
 def cut(tables: Iterable[pa.Table], counts: Iterator[int]) -> Iterator[pa.Table]:
@@ -194,9 +331,11 @@ def cut(tables: Iterable[pa.Table], counts: Iterator[int]) -> Iterator[pa.Table]
 def columns(table: pa.Table, manifest: Manifest) -> dict[str, np.ndarray]:
     """Numpy columns of a table: int64 `sample_id`, `label`, `lane`, and one array per modality.
 
-    Modality arrays are (rows, *shape) views of the Arrow buffers: read only.
+    Resampled tables have int64 `keep` as well. Modality arrays are (rows, *shape) views of the
+    Arrow buffers: read only.
     """
-    result = {name: table.column(name).to_numpy() for name in ("sample_id", "label", LANE)}
+    names = ["sample_id", "label", LANE, *({KEEP} & set(table.column_names))]
+    result = {name: table.column(name).to_numpy() for name in names}
     for modality in manifest.modalities:
         column = table.column(modality.name)
         chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -140,6 +140,8 @@ def prepare(
     """
     start = time.monotonic()
     check_settings(config)
+    if not os.path.isfile(folder / MANIFEST_NAME):
+        build_source(config)  # a wrong data.root must not leave an empty folder behind
     _make_folder(folder)
     with _lock(folder):
         reused = (folder / MANIFEST_NAME).is_file()

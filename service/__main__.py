@@ -36,13 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     console.setup_logging()
     try:
         result = VERBS[args.verb](args, rest, console)
-    except KeyboardInterrupt:
-        console.error_panel("stopped; the same command with the same --name continues the run")
+    except KeyboardInterrupt as stop:
+        console.error_panel(str(stop) or "stopped")
         return 130
     except Exception as error:
         from data.schema import DataError
+        from service.cluster import RunError
         from service.config import ConfigError
-        from service.launch import RunError
 
         if args.debug:
             traceback.print_exc()
@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", help="run name, or its folder")
     evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
     evaluate.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
+    evaluate.add_argument("--workers", type=int, default=1, help="worker processes (default: 1)")
+    evaluate.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     ui = verb("ui", "open the MLflow UI on this machine", preset=False)
     ui.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
@@ -144,6 +146,7 @@ def _prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
 
 def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     from service import launch
+    from service.cluster import check_local_capacity
 
     config = _config(args, rest)
     if args.dry_run:
@@ -152,10 +155,14 @@ def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
         plan = make_plan(config)
         console.plan(plan)
         return plan
-    console.status("starting")
-    with console.counter("preparing") as progress:
-        launch.ensure_prepared(config, progress)
-    outcome = launch.train(config, view=console.progress, debug=args.debug)
+    config = launch.resolve(config)
+    outcome = launch.finished(config)
+    if outcome is None:
+        check_local_capacity(config.scaling)
+        console.status(f"run {config.name}")
+        with console.counter("preparing") as progress:
+            folder = launch.ensure_prepared(config, progress)
+        outcome = launch.train(config, folder, view=console.progress, debug=args.debug)
     console.summary(outcome)
     return outcome.result
 
@@ -168,9 +175,11 @@ def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
 
 def _evaluate(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     from service import launch
+    from service.config import ScalingConfig
 
     console.status(f"evaluating {args.run} on {args.split}")
-    result = launch.evaluate(args.run, args.storage, args.split, debug=args.debug)
+    scaling = ScalingConfig(num_workers=args.workers, device=args.device)
+    result = launch.evaluate(args.run, args.storage, args.split, scaling, debug=args.debug)
     console.metrics_table(result)
     return result
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from data.schema import load_manifest
 from service import launch
+from service.cluster import check_local_capacity, ray_session
 from service.config import ConfigError, RunConfig, check, explain
 
 if TYPE_CHECKING:
@@ -57,15 +58,19 @@ def compare(
     Returns:
         `summarize` of all results, plus `runs`.
     """
-    runs = variants(config, methods, seeds)
+    runs = [launch.resolve(run) for run in variants(config, methods, seeds)]
+    check_local_capacity(config.scaling)
     with console.counter("preparing") as progress:
-        folder = launch.ensure_prepared(config, progress)
-    launch.check_plan(config, load_manifest(folder))
+        folder = launch.ensure_prepared(runs[0], progress)
+    manifest = load_manifest(folder)
+    for run in runs:
+        launch.check_plan(run, manifest)
     results = []
-    with launch.ray_session(config, debug=debug):
+    with ray_session(config, debug=debug):
         for number, run in enumerate(runs, 1):
             console.status(f"run {number} of {len(runs)}: {run.name}")
-            results.append(launch.train(run, view=console.progress, debug=debug).result)
+            outcome = launch.train(run, folder, view=console.progress, debug=debug)
+            results.append(outcome.result)
     summary = summarize(results)
     console.comparison(summary, methods, len(seeds))
     return {**summary, "runs": len(results)}

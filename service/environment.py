@@ -1,6 +1,7 @@
 """Environment variables: the ones the service reads, and the ones it sets for Ray."""
 
 import os
+import secrets
 
 RAY_ENVIRONMENT = {
     # One report costs up to one poll interval; the default of 2 s would dominate short epochs.
@@ -22,11 +23,23 @@ RAY_ENVIRONMENT = {
 def configure_ray() -> None:
     """Set Ray's environment variables, keeping what the user has set.
 
-    Some are read when Ray is imported, so this must come before the first import of ray.
+    Some are read when Ray is imported, so this must come before the first import of ray. A local
+    cluster gets a token of its own; otherwise Ray would leave one in the home directory.
     """
     os.environ.update({k: os.environ.get(k, v) for k, v in RAY_ENVIRONMENT.items()})
+    if not {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(
+        os.environ
+    ):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def environment() -> dict[str, str | None]:
     """Environment values the service reads: where Ray and MLflow are."""
     return {name: os.environ.get(name) for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables that workers on other machines need: Ray's settings and MLflow's access."""
+    names = [*RAY_ENVIRONMENT, *(name for name in os.environ if name.startswith("MLFLOW_"))]
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -22,3 +22,14 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Rows of a history file; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

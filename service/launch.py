@@ -1,15 +1,15 @@
-"""RunConfig -> prepared data, local or remote Ray, TorchTrainer, MLflow run, result.
+"""RunConfig -> prepared data, worker group, MLflow run, result: the driver's half of a run.
 
-The driver's half of a run. Everything that can be checked is checked before Ray starts.
+Everything that can be checked is checked before Ray starts.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
-import os
-import signal
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,10 +19,17 @@ from typing import Any, Literal
 import yaml
 
 from data.prepare import default_folder, prepare
-from data.schema import Manifest, Split, load_manifest
+from data.schema import Manifest, Split, load_manifest, verify_shards
 from service import tracking
-from service.config import ConfigError, RunConfig, config_yaml, difference
-from service.environment import configure_ray, environment
+from service.cluster import (
+    RunError,
+    check_local_capacity,
+    ray_session,
+    run_workers,
+    signals_ignored,
+)
+from service.config import ConfigError, RunConfig, ScalingConfig, config_yaml, difference
+from service.environment import environment
 from service.figures import curves
 from service.files import (
     CONFIG_NAME,
@@ -30,6 +37,7 @@ from service.files import (
     PROGRESS_NAME,
     RESULT_NAME,
     RUN_NAME,
+    read_history,
     read_json,
     write_text,
 )
@@ -38,11 +46,9 @@ log = logging.getLogger(__name__)
 
 # Settings that may change when a run is continued: they do not change what it computes.
 FREE = ("scaling", "storage", "name", "experiment")
-DATA_CPUS = 1
+CHECKPOINTS = "epoch_*"
 
-
-class RunError(RuntimeError):
-    """A run failed; the message says why and what continues it."""
+View = Callable[[Callable[[], dict[str, Any] | None]], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -54,135 +60,95 @@ class RunOutcome:
     finished_before: bool
 
 
-View = Callable[[Callable[[], dict[str, Any] | None]], AbstractContextManager[Any]]
+def resolve(config: RunConfig) -> RunConfig:
+    """Give the run a name and make its folders absolute, so that it can be continued anywhere."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    name = config.name or f"{config.data.name}-{config.method}-{stamp}"
+    root = config.data.root and str(Path(config.data.root).expanduser().resolve())
+    data = config.data.model_copy(update={"root": root})
+    storage = str(Path(config.storage).expanduser().resolve())
+    return config.model_copy(update={"name": name, "data": data, "storage": storage})
 
 
-def ensure_prepared(config: RunConfig, progress: Callable[[int, int], None] | None) -> Path:
+def ensure_prepared(config: RunConfig, progress: Callable[[int, int], None]) -> Path:
     """Folder of the prepared data set; prepares it if needed, and checks every shard's hash."""
     folder = default_folder(config.data, Path(config.storage))
     prepare(config.data, folder, progress)
     return folder
 
 
-@contextlib.contextmanager
-def ray_session(config: RunConfig, *, debug: bool) -> Iterator[None]:
-    """A Ray session for this process: joins RAY_ADDRESS, or starts a local cluster and ends it.
+def finished(config: RunConfig) -> RunOutcome | None:
+    """The outcome of a finished run of this name.
 
     Raises:
-        RunError: Ray did not start, or the machine cannot hold the workers.
+        ConfigError: a run of this name exists with other settings.
     """
-    configure_ray()
-    _check_local_capacity(config)
-    import ray
-
-    if ray.is_initialized():  # several runs share one session
-        _check_cluster_capacity(config)
-        yield
-        return
-    address = environment()["RAY_ADDRESS"]
-    cluster: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": config.scaling.num_workers * config.scaling.cpus_per_worker + DATA_CPUS,
-        "include_dashboard": False,
-        "object_store_memory": _object_store_bytes(),
-    }
-    if address:
-        cluster = {"address": address}
-    level = logging.INFO if debug else logging.ERROR
-    try:
-        ray.init(**cluster, log_to_driver=debug, logging_level=level)  # pyright: ignore[reportArgumentType]
-    except Exception as error:
-        where = f"join the cluster at RAY_ADDRESS={address}" if address else "start a local cluster"
-        raise RunError(
-            f"Ray could not {where}: {str(error).splitlines()[0] if str(error) else error!r}; a "
-            "busy machine can make the start time out, so try again, and with --debug to see "
-            "Ray's own log"
-        ) from error
-    handler = signal.signal(signal.SIGTERM, _interrupt)  # ray.init replaced earlier handlers
-    try:
-        _check_cluster_capacity(config)
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        ray.shutdown()
+    folder = _folder(config)
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    old, new = yaml.safe_load((folder / CONFIG_NAME).read_text()), config.resolved()
+    changed = difference(
+        {k: v for k, v in old.items() if k not in FREE},
+        {k: v for k, v in new.items() if k not in FREE},
+    )
+    if changed and any(folder.glob(CHECKPOINTS)):
+        raise ConfigError(
+            f"run {config.name} exists in {folder.parent} with other settings "
+            f"({'; '.join(changed)}); a name stands for one configuration; take another --name, "
+            "or these settings to continue it"
+        )
+    if changed:  # it failed before its first checkpoint: there is nothing to continue
+        (folder / RUN_NAME).unlink(missing_ok=True)
+    result = read_json(folder / RESULT_NAME)
+    return RunOutcome(folder, result, finished_before=True) if result else None
 
 
-def train(
-    config: RunConfig,
-    *,
-    view: View,
-    prepare_progress: Callable[[int, int], None] | None = None,
-    debug: bool = False,
-) -> RunOutcome:
-    """Run a training to its end: prepare, train, test, record. The same name continues.
+def train(config: RunConfig, data_folder: Path, *, view: View, debug: bool = False) -> RunOutcome:
+    """Run a training to its end: train, test, record. The same name continues.
+
+    Args:
+        config: from `resolve`.
+        data_folder: from `ensure_prepared`.
+        view: shows progress, given a function that reads the latest record.
 
     Raises:
-        DataError, ConfigError: something is wrong before anything has started.
+        ConfigError: something is wrong before anything has started.
         RunError: the run failed; its MLflow run is closed as FAILED.
         KeyboardInterrupt: SIGINT or SIGTERM; the MLflow run is closed as KILLED.
     """
-    if config.name is None:
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
-        name = f"{config.data.name}-{config.method}-{stamp}"
-        config = config.model_copy(update={"name": name})
-    assert config.name
-    run_folder = Path(config.storage).resolve() / config.name
-    if (done := _check_existing(run_folder, config)) is not None:
-        return RunOutcome(run_folder, done, finished_before=True)
+    if done := finished(config):
+        return done
     began = time.monotonic()
-    data_folder = ensure_prepared(config, prepare_progress)
     manifest = load_manifest(data_folder)
     check_plan(config, manifest)
-    with ray_session(config, debug=debug):
-        run_folder.mkdir(parents=True, exist_ok=True)
-        write_text(run_folder / CONFIG_NAME, config_yaml(config))
-        uri = tracking.tracking_uri(Path(config.storage), environment()["MLFLOW_TRACKING_URI"])
-        run_id = _open_tracking(config, manifest, uri, run_folder)
-        payload = {
-            "config": config.model_dump(mode="json"),
-            "manifest": manifest.model_dump(mode="json"),
-            "data_folder": str(data_folder.resolve()),
-            "run_folder": str(run_folder),
-            "tracking": {"uri": uri, "run_id": run_id},
-        }
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-        result: dict[str, Any] = {}
-        try:
-            with view(lambda: read_json(run_folder / PROGRESS_NAME)):
-                returned = _fit("train_worker", config, run_folder, payload)
-            result = {
-                **returned["metrics"],
-                "name": config.name,
-                "method": config.method,
-                "run_folder": str(run_folder),
-                "checkpoint": returned["checkpoint"],
-                "data_digest": manifest.digest,
-                "mlflow_run_id": run_id,
-                "mlflow_uri": uri,
-                "seconds": time.monotonic() - began,
-            }
-            write_text(
-                run_folder / RESULT_NAME, json.dumps(result, indent=2, sort_keys=True) + "\n"
-            )
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
-            raise
-        finally:
-            _close_tracking(uri, run_id, status, result, run_folder)
-    return RunOutcome(run_folder, result, finished_before=False)
+    folder = _folder(config)
+    run = _Run(config, manifest, data_folder)
+    try:
+        with ray_session(config, debug=debug), _locked(folder), run.tracked():
+            with view(lambda: read_json(folder / PROGRESS_NAME)):
+                returned = run_workers("train_worker", config.scaling, folder, run.payload())
+            run.finish(returned, time.monotonic() - began)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"stopped; the same command with --name {config.name} continues the run at its last "
+            "checkpoint"
+        ) from stop
+    return RunOutcome(folder, run.result, finished_before=False)
 
 
-def evaluate(run: str, storage: str, split: Split, *, debug: bool = False) -> dict[str, Any]:
+def evaluate(
+    run: str, storage: str, split: Split, scaling: ScalingConfig, *, debug: bool = False
+) -> dict[str, Any]:
     """Evaluate the best checkpoint of a finished run on a split.
 
     Args:
         run: run name under `storage`, or the run's folder.
+        scaling: workers to evaluate with; the result does not depend on it.
 
     Raises:
-        ConfigError: there is no such finished run.
+        ConfigError: there is no such finished run, or its data is not there any more.
     """
-    folder = Path(run) if (Path(run) / RESULT_NAME).is_file() else Path(storage) / run
+    folder = (Path(run) if (Path(run) / RESULT_NAME).is_file() else Path(storage) / run).resolve()
     result = read_json(folder / RESULT_NAME)
     if result is None:
         found = sorted(p.parent.name for p in Path(storage).glob(f"*/{RESULT_NAME}"))
@@ -191,199 +157,186 @@ def evaluate(run: str, storage: str, split: Split, *, debug: bool = False) -> di
             f"{storage}: {', '.join(found) or 'none'}; the command that started a run continues it"
         )
     config = RunConfig.model_validate(yaml.safe_load((folder / CONFIG_NAME).read_text()))
-    data_folder = ensure_prepared(config, None)
+    config = config.model_copy(update={"scaling": scaling})
+    manifest, data_folder = _data_of(folder, result)
+    payload = _payload(config, manifest, data_folder) | {
+        "checkpoint": str(folder / result["checkpoint"]),
+        "split": split,
+    }
+    began = time.monotonic()
+    scratch = folder.parent / f".evaluate-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    try:
+        with ray_session(config, debug=debug):
+            returned = run_workers("evaluate_worker", scaling, scratch, payload)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {**returned["metrics"], "name": config.name, "seconds": time.monotonic() - began}
+
+
+def check_plan(config: RunConfig, manifest: Manifest) -> None:
+    """Check what needs the data's sizes: machine, order, model and method.
+
+    Raises:
+        ConfigError, DataError, RunError: the run could not start.
+    """
+    from service.worker import make_method, make_order
+
+    check_local_capacity(config.scaling)
+    make_order(config, manifest).lanes_of(0, config.scaling.num_workers)
+    make_method(config, manifest)
+
+
+class _Run:
+    """One training run: its MLflow run, its files and its result."""
+
+    def __init__(self, config: RunConfig, manifest: Manifest, data_folder: Path):
+        self._config = config
+        self._manifest = manifest
+        self._data_folder = data_folder
+        self._folder = _folder(config)
+        self._uri = tracking.tracking_uri(
+            Path(config.storage), environment()["MLFLOW_TRACKING_URI"]
+        )
+        self._run_id = ""
+        self.result: dict[str, Any] = {}
+
+    def payload(self) -> dict[str, Any]:
+        """Arguments of `train_worker`."""
+        return _payload(self._config, self._manifest, self._data_folder) | {
+            "run_folder": str(self._folder),
+            "tracking": {"uri": self._uri, "run_id": self._run_id},
+        }
+
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Open the MLflow run, and close it with the status that fits what happened inside."""
+        with signals_ignored():
+            self._open()
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            with signals_ignored():
+                self._close(status)
+
+    def finish(self, returned: dict[str, Any], seconds: float) -> None:
+        """Record the result; a run with a result file is finished."""
+        if returned["lost_metrics"]:
+            log.warning(
+                "MLflow at %s did not take %d metrics; %s has them all",
+                self._uri,
+                returned["lost_metrics"],
+                self._folder / HISTORY_NAME,
+            )
+        self.result = {
+            **returned["metrics"],
+            "name": self._config.name,
+            "method": self._config.method,
+            "run_folder": str(self._folder),
+            "checkpoint": returned["checkpoint"],
+            "data_digest": self._manifest.digest,
+            "mlflow_run_id": self._run_id,
+            "mlflow_uri": self._uri,
+            "seconds": seconds,
+        }
+        text = json.dumps(self.result, indent=2, sort_keys=True)
+        write_text(self._folder / RESULT_NAME, text + "\n")
+
+    def _open(self) -> None:
+        known = read_json(self._folder / RUN_NAME) or {}
+        digest = self._manifest.digest
+        if known.get("data_digest", digest) != digest:
+            raise ConfigError(
+                f"run {self._config.name} was begun on data with digest "
+                f"{known['data_digest'][:12]}, {self._data_folder} now has {digest[:12]}; a run "
+                "keeps its data; take another --name, or restore the data"
+            )
+        self._run_id = tracking.open_run(
+            self._uri,
+            Path(self._config.storage),
+            self._config.experiment,
+            self._config.name or "",
+            params=self._config.resolved(),
+            tags={
+                "method": self._config.method,
+                "data": self._manifest.name,
+                "data_digest": digest,
+                "run_folder": str(self._folder),
+            },
+            dataset=tracking.DatasetInfo(self._manifest.name, digest, self._manifest.rows("train")),
+            run_id=known.get("mlflow_run_id"),
+        )
+        about = {
+            "mlflow_run_id": self._run_id,
+            "mlflow_uri": self._uri,
+            "data_folder": str(self._data_folder.resolve()),
+            "data_digest": digest,
+        }
+        write_text(self._folder / RUN_NAME, json.dumps(about, indent=2) + "\n")
+        write_text(self._folder / CONFIG_NAME, config_yaml(self._config))
+
+    def _close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        folder, result = self._folder, self.result
+        tracking.finish_run(
+            self._uri,
+            self._run_id,
+            status,
+            metrics={  # val/... has its values per epoch already
+                name: value
+                for name, value in result.items()
+                if isinstance(value, int | float) and not name.startswith("val/")
+            },
+            figures=lambda: curves(read_history(folder / HISTORY_NAME)),
+            artifacts={
+                name: folder / name
+                for name in (CONFIG_NAME, RESULT_NAME)
+                if (folder / name).is_file()
+            },
+            checkpoint=str(folder / result["checkpoint"]) if result else None,
+        )
+
+
+def _folder(config: RunConfig) -> Path:
+    assert config.name, "resolve() names the run"
+    return Path(config.storage) / config.name
+
+
+def _payload(config: RunConfig, manifest: Manifest, data_folder: Path) -> dict[str, Any]:
+    return {
+        "config": config.model_dump(mode="json"),
+        "manifest": manifest.model_dump(mode="json"),
+        "data_folder": str(data_folder.resolve()),
+    }
+
+
+def _data_of(folder: Path, result: dict[str, Any]) -> tuple[Manifest, Path]:
+    """The data a run was trained on, verified; looked for where it was, and beside the run."""
+    recorded = Path((read_json(folder / RUN_NAME) or {})["data_folder"])
+    data_folder = recorded if recorded.is_dir() else folder.parent / "shards" / recorded.name
     manifest = load_manifest(data_folder)
     if manifest.digest != result["data_digest"]:
         raise ConfigError(
             f"the data in {data_folder} has digest {manifest.digest[:12]}, the run was trained on "
             f"{result['data_digest'][:12]}; evaluate on the data of the run"
         )
-    payload = {
-        "config": config.model_dump(mode="json"),
-        "manifest": manifest.model_dump(mode="json"),
-        "data_folder": str(data_folder.resolve()),
-        "checkpoint": str((folder / result["checkpoint"]).resolve()),
-        "split": split,
-    }
-    began = time.monotonic()
-    with ray_session(config, debug=debug):
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-        returned = _fit("evaluate_worker", config, folder.resolve() / f"evaluate-{stamp}", payload)
-    return {**returned["metrics"], "name": config.name, "seconds": time.monotonic() - began}
+    verify_shards(manifest, data_folder)
+    return manifest, data_folder
 
 
-def check_plan(config: RunConfig, manifest: Manifest) -> None:
-    """Build the order once, so that its rules are checked before anything starts."""
-    from service.worker import make_order
-
-    make_order(config, manifest).lanes_of(0, config.scaling.num_workers)
-
-
-def _fit(loop: str, config: RunConfig, folder: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """Run a worker function on the worker group and return what rank 0 returned."""
-    import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from service import worker
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    use_gpu = _use_gpu(config, ray.cluster_resources())
-    trainer = TorchTrainer(
-        getattr(worker, loop),
-        train_loop_config=payload,
-        torch_config=TorchConfig(timeout_s=300),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scaling.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": config.scaling.cpus_per_worker}
-            | ({"GPU": 1} if use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.scaling.max_failures, controller_failure_limit=3
-            ),
-            # The latest checkpoint is kept beside the best one.
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1,
-                checkpoint_score_attribute=worker.SELECTION,
-                checkpoint_score_order="max",
-            ),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        returned = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        raise RunError(
-            f"training failed on a worker: {_root_cause(error)}; the same command with --name "
-            f"{folder.name} continues at the last checkpoint; --debug shows the whole trace"
-        ) from error
-    assert isinstance(returned, dict)
-    if "error" in returned:
-        raise RunError(returned["error"])
-    return returned
-
-
-def _check_existing(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """Result of a finished run of this name, or None; refuses a changed config."""
-    if not (folder / CONFIG_NAME).is_file():
-        return None
-    old = yaml.safe_load((folder / CONFIG_NAME).read_text())
-    new = config.resolved()
-    changed = difference(
-        {k: v for k, v in old.items() if k not in FREE},
-        {k: v for k, v in new.items() if k not in FREE},
-    )
-    if changed:
-        raise ConfigError(
-            f"run {config.name} exists in {folder.parent} with other settings "
-            f"({'; '.join(changed)}); a name stands for one configuration; take another --name, "
-            "or these settings to continue it"
-        )
-    return read_json(folder / RESULT_NAME)
-
-
-def _open_tracking(config: RunConfig, manifest: Manifest, uri: str, folder: Path) -> str:
-    """Open, or continue, the MLflow run of this run folder."""
-    known = read_json(folder / RUN_NAME) or {}
-    run_id = tracking.open_run(
-        uri,
-        Path(config.storage),
-        config.experiment,
-        config.name or "",
-        params=config.resolved(),
-        tags={
-            "method": config.method,
-            "data": manifest.name,
-            "data_digest": manifest.digest,
-            "run_folder": str(folder),
-            "git_commit": tracking.git_commit(Path(__file__).parent) or "unknown",
-        },
-        dataset=tracking.DatasetInfo(manifest.name, manifest.digest, manifest.rows("train")),
-        run_id=known.get("mlflow_run_id"),
-    )
-    write_text(folder / RUN_NAME, json.dumps({"mlflow_run_id": run_id, "mlflow_uri": uri}) + "\n")
-    return run_id
-
-
-def _close_tracking(
-    uri: str,
-    run_id: str,
-    status: Literal["FINISHED", "FAILED", "KILLED"],
-    result: dict[str, Any],
-    folder: Path,
-) -> None:
-    history = folder / HISTORY_NAME
-    lines = history.read_text().splitlines() if history.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    tracking.finish_run(
-        uri,
-        run_id,
-        status,
-        metrics={k: v for k, v in result.items() if isinstance(v, int | float)},
-        figures=curves(rows) if rows else {},
-        artifacts={
-            name: folder / name for name in (CONFIG_NAME, RESULT_NAME) if (folder / name).is_file()
-        },
-        checkpoint=str(folder / result["checkpoint"]) if result else None,
-    )
-
-
-def _check_local_capacity(config: RunConfig) -> None:
-    scaling = config.scaling
-    if environment()["RAY_ADDRESS"]:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = scaling.num_workers * scaling.cpus_per_worker
-    if wanted > (cores or 1):
-        raise RunError(
-            f"scaling.num_workers={scaling.num_workers} with cpus_per_worker="
-            f"{scaling.cpus_per_worker} need {wanted} cores; this machine has {cores}; use fewer "
-            "workers, or point RAY_ADDRESS at a cluster"
-        )
-
-
-def _check_cluster_capacity(config: RunConfig) -> None:
-    import ray
-
-    have = ray.cluster_resources()
-    scaling = config.scaling
-    wanted = scaling.num_workers * scaling.cpus_per_worker + DATA_CPUS
-    if have.get("CPU", 0) < wanted:
-        raise RunError(
-            f"the Ray cluster has {have.get('CPU', 0):g} CPUs; {scaling.num_workers} workers with "
-            f"{scaling.cpus_per_worker} each, and {DATA_CPUS} for reading data, need {wanted}; use "
-            "fewer workers or add nodes"
-        )
-    if scaling.device == "gpu" and have.get("GPU", 0) < scaling.num_workers:
-        raise RunError(
-            f"scaling.device=gpu needs one GPU a worker, {scaling.num_workers}; the Ray cluster "
-            f"has {have.get('GPU', 0):g}; use fewer workers or scaling.device=cpu"
-        )
-
-
-def _use_gpu(config: RunConfig, have: Mapping[str, float]) -> bool:
-    enough = have.get("GPU", 0) >= config.scaling.num_workers
-    return config.scaling.device == "gpu" or (config.scaling.device == "auto" and enough)
-
-
-def _object_store_bytes() -> int:
-    """A quarter of the memory that is free in /dev/shm, at most 4 GiB, at least 256 MiB."""
-    shm = Path("/dev/shm")
-    if not shm.is_dir():
-        return 1 << 30
-    stats = os.statvfs(shm)
-    return max(256 << 20, min(4 << 30, stats.f_bavail * stats.f_frsize // 4))
-
-
-def _root_cause(error: BaseException) -> str:
-    """Last line of a worker's trace: the exception itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(error)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt(f"signal {signum}")
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder; two commands must not train into one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"run {folder.name} in {folder.parent} is being trained by another command; wait "
+                "for it, stop it, or take another --name"
+            ) from error
+        yield

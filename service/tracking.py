@@ -115,9 +115,13 @@ class RunLogger:
         self._retry_at = 0.0
         self._failing = False
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records `metrics` at `step` with one call to MLflow; values that are not finite drop."""
-        self._pending += _entities(self._finite(metrics), step)
+    def log(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Records `metrics` at `step` with one call to MLflow; values that are not finite drop.
+
+        `seconds` is the time of the measurement since 1970: MLflow stores the same metric with the
+        same step and time once, so that logging again after a restart adds nothing.
+        """
+        self._pending += _entities(self._finite(metrics), step, seconds)
         if time.monotonic() >= self._retry_at:
             self._send()
 
@@ -181,26 +185,27 @@ def finish_run(
     run_id: str,
     status: Status,
     metrics: Mapping[str, float],
-    figures: Mapping[str, Figure],
+    figures: Callable[[], Mapping[str, Figure]],
     artifacts: Mapping[str, Path | str],
     checkpoint: str | None = None,
 ) -> bool:
     """Writes the results of a run and ends it with `status`; False (and a warning) if it failed.
 
-    `artifacts` maps names to text, or to the path of a text file; `checkpoint` is a pointer, the
-    files stay where they are. Results are safe in the run folder, so failing here is no error.
+    `figures` makes the figures: a failure in it is a warning, like any other here. `artifacts` maps
+    names to text, or to the path of a text file; `checkpoint` is a pointer, the files stay where
+    they are. Results are safe in the run folder, so failing here is no error.
     """
 
     def results() -> None:
         client = _connect(uri)
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        client.log_batch(run_id, metrics=_entities(finite, step=0))
+        client.log_batch(run_id, metrics=_entities(finite, step=0, seconds=time.time()))
         if checkpoint is not None:
             client.set_tag(run_id, "checkpoint", checkpoint)
         for name, content in artifacts.items():
             text = content.read_text() if isinstance(content, Path) else content
             client.log_text(run_id, text, name)
-        for name, figure in figures.items():
+        for name, figure in figures().items():
             client.log_figure(run_id, figure, name)
 
     def end() -> None:
@@ -333,10 +338,10 @@ def _param_text(value: Json) -> str:
     return text
 
 
-def _entities(metrics: Mapping[str, float], step: int) -> list[Metric]:
+def _entities(metrics: Mapping[str, float], step: int, seconds: float) -> list[Metric]:
     from mlflow.entities import Metric
 
-    milliseconds = int(time.time() * 1000)
+    milliseconds = int(seconds * 1000)
     return [Metric(key, value, milliseconds, step) for key, value in metrics.items()]
 
 

@@ -22,6 +22,7 @@ class Batch:
             depend on the number of workers, so whatever is grouped by lane does not either.
         num_lanes: number of lanes of the global order.
         global_rows: rows of the whole global batch, over all ranks.
+        keep: (B, M) bool, modalities that a `Resampling` keeps; None keeps all.
     """
 
     inputs: dict[str, Tensor]
@@ -30,6 +31,7 @@ class Batch:
     lane: Tensor
     num_lanes: int
     global_rows: int
+    keep: Tensor | None = None
 
 
 @dataclass(frozen=True)

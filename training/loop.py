@@ -3,6 +3,7 @@
 Knows nothing of Ray, files or MLflow; it is handed callables and calls them in order.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from training.batch import Batch, Progress
 from training.distributed import rank, sync_buffers
-from training.methods.base import EpochData, Method
+from training.methods.base import EpochData, Method, Resampling
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Hooks:
 
     Attributes:
         wrap: method -> module to call in a step (DDP, or the method itself).
-        train_batches: epoch -> this rank's batches, the same number on every rank.
+        train_batches: (epoch, resampling) -> this rank's batches, the same number on every rank.
         data: fresh passes over train and validation rows for `Method.before_epoch`.
         validate: -> metrics of the validation split, equal on every rank.
         on_step: called after every step with the sums of the epoch so far (reduced over ranks).
@@ -31,7 +32,7 @@ class Hooks:
     """
 
     wrap: Callable[[Method], nn.Module]
-    train_batches: Callable[[int], Iterator[Batch]]
+    train_batches: Callable[[int, Resampling | None], Iterator[Batch]]
     data: EpochData
     validate: Callable[[], dict[str, float]]
     on_step: Callable[[Progress, dict[str, Tensor]], None]
@@ -62,32 +63,37 @@ def fit(
         began = time.monotonic()
         method.set_phase(epoch)
         if trainable != (now := [p.requires_grad for p in method.parameters()]):
-            wrapped = method  # the old reducer lets go of its hooks before a new one is made
+            wrapped = method
+            gc.collect()  # DDP is in a reference cycle; its reducer must let go of the gradients
             wrapped, trainable = hooks.wrap(method), now
-        method.before_epoch(hooks.data, Progress(seed, epoch, 0, num_epochs))
+        start = Progress(seed, epoch, 0, num_epochs)
+        resampling = method.before_epoch(hooks.data, start)
         metrics = {
             "lr": scheduler.get_last_lr()[0],
             "main_phase": float(method.is_main_phase(epoch)),
         }
-        metrics |= _train_epoch(
-            method, wrapped, optimizer, hooks, Progress(seed, epoch, 0, num_epochs)
-        )
+        batches = hooks.train_batches(epoch, resampling)
+        metrics |= _train_epoch(method, wrapped, batches, optimizer, hooks, start)
         scheduler.step()
+        sync_buffers(method)
         if (epoch + 1) % eval_every_epochs == 0 or epoch + 1 == num_epochs:
-            sync_buffers(method)
             metrics |= hooks.validate()
         metrics["time/epoch_seconds"] = time.monotonic() - began
         hooks.on_epoch(epoch, metrics)
 
 
 def _train_epoch(
-    method: Method, wrapped: nn.Module, optimizer: Optimizer, hooks: Hooks, start: Progress
+    method: Method,
+    wrapped: nn.Module,
+    batches: Iterator[Batch],
+    optimizer: Optimizer,
+    hooks: Hooks,
+    start: Progress,
 ) -> dict[str, float]:
     """One epoch of steps; metrics from sums that were reduced once per step."""
     method.train()
     totals: dict[str, Tensor] = {}
     waited, began = 0.0, time.monotonic()
-    batches = hooks.train_batches(start.epoch)
     step = 0
     while True:
         asked = time.monotonic()

@@ -1,11 +1,13 @@
 """The order as arithmetic: no Ray, compared with what the definition promises."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import Order, chunk_reads
+from data.order import Entries, Order, Read, chunk_reads
 from data.schema import DataError
 
 
@@ -21,7 +23,11 @@ def epoch_batches(order: Order, epoch: int, rank: int, world: int) -> list[np.nd
         )
         rows = rows[window.take]
         assert (np.sort(window.take) == np.arange(len(rows))).all()
+        assert len(rows) == order.window_rows(index, lanes)
         batches += np.split(rows, np.cumsum(window.batch_rows)[:-1])
+    assert [len(rows) for rows in batches] == [
+        order.batch_rows(step, lanes) for step in range(order.num_steps)
+    ]
     return batches
 
 
@@ -29,8 +35,8 @@ def epoch_batches(order: Order, epoch: int, rank: int, world: int) -> list[np.nd
 def orders(draw) -> Order:
     lanes = draw(st.sampled_from([1, 2, 4, 6, 12]))
     share = draw(st.integers(2, 5))
-    groups = draw(st.lists(st.integers(1, 40), min_size=1, max_size=30))
-    groups[0] += 2 * lanes
+    groups = draw(st.lists(st.integers(0, 40), min_size=1, max_size=30))
+    groups[draw(st.integers(0, len(groups) - 1))] += 2 * lanes
     return Order(
         tuple(groups), lanes * share, lanes, draw(st.integers(1, 7)), draw(st.integers(0, 99))
     )
@@ -93,8 +99,24 @@ def test_errors_name_value_rule_and_remedy():
         Order((100,), 30, 8, 1, 0)
     with pytest.raises(DataError, match=r"15 rows.*8 lanes.*at most 7 lanes"):
         Order((15,), 32, 8, 1, 0)
-    with pytest.raises(DataError, match=r"lanes=8 is not divisible by num_workers=3"):
+    with pytest.raises(DataError, match=r"train\.lanes=8 .* scaling\.num_workers=3"):
         Order((100,), 32, 8, 1, 0).lanes_of(0, 3)
+
+
+def test_planning_a_long_epoch_is_arithmetic():
+    order = Order((512,) * 40_000, 128, 8, 416, 0)
+    start = time.monotonic()
+    rows = sum(order.batch_rows(step, range(4)) for step in range(order.num_steps))
+    assert 2 * rows == order.num_rows
+    assert sum(order.window_rows(i, range(8)) for i in range(order.num_windows)) == order.num_rows
+    assert time.monotonic() - start < 5  # 160,000 steps
+
+
+def test_entries_are_cut_by_row_group():
+    entries = Entries(np.array([0, 2, 2, 5]), np.array([1, 1, 0, 3, 3]), np.arange(5))
+    assert entries.group_rows == (2, 0, 3)
+    row, keep = entries.part(Read(2, 1, 3))
+    assert (row.tolist(), keep.tolist()) == ([3, 3], [3, 4])
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.data())

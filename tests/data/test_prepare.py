@@ -369,6 +369,13 @@ def test_wrong_root(tmp_path: Path) -> None:
         prepare(config, tmp_path / "out")
 
 
+def test_wrong_root_leaves_no_folder(tmp_path: Path) -> None:
+    config = DataConfig(name="rosmap", root=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError):
+        prepare(config, tmp_path / "shards" / "out")
+    assert not (tmp_path / "shards").exists()
+
+
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     here = DataConfig(name="rosmap", root="raw")

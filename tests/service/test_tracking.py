@@ -99,8 +99,8 @@ def test_open_run_records_config_data_and_code(run: tuple[str, str], storage: Pa
 
 def test_a_killed_run_continues_as_the_same_run(run: tuple[str, str], storage: Path) -> None:
     uri, run_id = run
-    RunLogger(uri, run_id).log({"train/loss": 1.0}, step=0)
-    assert finish_run(uri, run_id, "KILLED", {}, {}, {}, checkpoint="/runs/1/checkpoint_3")
+    RunLogger(uri, run_id).log({"train/loss": 1.0}, step=0, seconds=1.7e9)
+    assert finish_run(uri, run_id, "KILLED", {}, dict, {}, checkpoint="/runs/1/checkpoint_3")
     record = MlflowClient(uri).get_run(run_id)
     assert record.info.status == "KILLED"
     assert record.data.tags["checkpoint"] == "/runs/1/checkpoint_3"
@@ -112,10 +112,16 @@ def test_a_killed_run_continues_as_the_same_run(run: tuple[str, str], storage: P
     assert record.data.tags["seed"] == "2"
     assert len(record.inputs.dataset_inputs) == 1
 
-    RunLogger(uri, run_id).log({"train/loss": 0.5}, step=1)
-    assert finish_run(uri, run_id, "FINISHED", {"test/accuracy": 0.7}, {}, {})
+    RunLogger(uri, run_id).log({"train/loss": 0.5}, step=1, seconds=1.7e9)
+    assert finish_run(uri, run_id, "FINISHED", {"test/accuracy": 0.7}, dict, {})
     assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
     assert history(uri, run_id, "train/loss") == [(0, 1.0), (1, 0.5)]
+
+
+def test_logging_again_after_a_restart_adds_nothing(run: tuple[str, str]):
+    for _ in range(2):
+        RunLogger(*run).log({"train/loss": 0.25}, step=7, seconds=1.7e9)
+    assert history(*run, "train/loss") == [(7, 0.25)]
 
 
 def test_finish_run_stores_results(run: tuple[str, str], tmp_path: Path) -> None:
@@ -123,7 +129,7 @@ def test_finish_run_stores_results(run: tuple[str, str], tmp_path: Path) -> None
     (tmp_path / "r.json").write_text('{"a": 1}')
     artifacts = {"config.yaml": "seed: 1\n", "result.json": tmp_path / "r.json"}
     results = {"test/accuracy": 0.75, "test/macro_f1": math.nan}
-    assert finish_run(uri, run_id, "FINISHED", results, curves(HISTORY), artifacts)
+    assert finish_run(uri, run_id, "FINISHED", results, lambda: curves(HISTORY), artifacts)
     client = MlflowClient(uri)
     assert client.get_run(run_id).data.metrics == {"test/accuracy": 0.75}
     folder = Path(client.download_artifacts(run_id, "", str(tmp_path)))
@@ -137,7 +143,7 @@ def test_a_failing_result_still_ends_the_run(
     run: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri, run_id = run
-    assert not finish_run(uri, run_id, "FAILED", {}, {}, {"result.json": tmp_path / "none.json"})
+    assert not finish_run(uri, run_id, "FAILED", {}, dict, {"result.json": tmp_path / "none.json"})
     assert MlflowClient(uri).get_run(run_id).info.status == "FAILED"
     assert "none.json" in caplog.text
 
@@ -146,8 +152,8 @@ def test_values_that_are_not_finite_drop_with_one_warning(
     run: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     log = RunLogger(*run)
-    log.log({"train/loss": math.nan, "val/accuracy": 0.5}, step=0)
-    log.log({"train/loss": math.inf}, step=1)
+    log.log({"train/loss": math.nan, "val/accuracy": 0.5}, step=0, seconds=1.7e9)
+    log.log({"train/loss": math.inf}, step=1, seconds=1.7e9)
     assert log.close() == 0
     assert log.num_dropped == 2
     assert caplog.text.count("not finite") == 1
@@ -156,8 +162,8 @@ def test_values_that_are_not_finite_drop_with_one_warning(
 
 def test_a_metric_mlflow_refuses_does_not_hold_up_the_rest(run: tuple[str, str]) -> None:
     log = RunLogger(*run)
-    log.log({"bad name;": 1.0}, step=0)
-    log.log({"good": 1.0}, step=1)
+    log.log({"bad name;": 1.0}, step=0, seconds=1.7e9)
+    log.log({"good": 1.0}, step=1, seconds=1.7e9)
     assert log.close() == 0
     assert history(*run, "good") == [(1, 1.0)]
 
@@ -170,7 +176,7 @@ def test_metrics_survive_a_store_that_is_away_for_a_while(
     mount.symlink_to(tmp_path / "gone" / "deeper")  # a store on a disk that is not there
     log = RunLogger(f"sqlite:///{mount}/mlflow.db", run_id)
     for step in range(3):
-        log.log({"train/loss": float(step)}, step)
+        log.log({"train/loss": float(step)}, step, seconds=1.7e9)
     assert log.close() == 3
     assert history(uri, run_id, "train/loss") == []
     assert caplog.text.count("metrics are kept for later") == 1
@@ -179,7 +185,7 @@ def test_metrics_survive_a_store_that_is_away_for_a_while(
     mount.symlink_to(storage)
     caplog.set_level(logging.INFO, "service.tracking")
     time.sleep(0.1)
-    log.log({"train/loss": 3.0}, step=3)
+    log.log({"train/loss": 3.0}, step=3, seconds=1.7e9)
     assert log.close() == 0
     assert history(uri, run_id, "train/loss") == [(step, float(step)) for step in range(4)]
     assert "is back" in caplog.text
@@ -189,7 +195,7 @@ def test_a_dead_server_delays_training_by_seconds_once(caplog: pytest.LogCapture
     log = RunLogger(f"http://127.0.0.1:{free_port()}", "0" * 32)
     started = time.monotonic()
     for step in range(50):
-        log.log({"train/loss": 1.0}, step)
+        log.log({"train/loss": 1.0}, step, seconds=1.7e9)
     assert time.monotonic() - started < 8.0  # MLflow's own defaults: about four minutes per call
     assert caplog.text.count("metrics are kept for later") == 1
 
@@ -205,7 +211,8 @@ def test_another_process_writes_to_the_same_file(run: tuple[str, str], storage: 
     uri, run_id = run
     code = (
         "import sys, time; from service.tracking import RunLogger; log = RunLogger(*sys.argv[1:])\n"
-        "for step in range(20): log.log({f'm{i}': 0.1 * i for i in range(30)}, step)\n"
+        "row = {f'm{i}': 0.1 * i for i in range(30)}\n"
+        "for step in range(20): log.log(row, step, seconds=1.7e9)\n"
         "sys.exit(log.close())"
     )
     root = Path(__file__).parents[2]
@@ -215,7 +222,7 @@ def test_another_process_writes_to_the_same_file(run: tuple[str, str], storage: 
     driver = RunLogger(uri, run_id)
     step = 0
     while worker.poll() is None:  # the driver writes at the same time
-        driver.log({"driver": float(step)}, step)
+        driver.log({"driver": float(step)}, step, seconds=1.7e9)
         step += 1
         time.sleep(0.05)
     assert worker.stderr is not None
@@ -293,12 +300,12 @@ def test_pages_are_served_and_metrics_reach_a_late_server(run: tuple[str, str]) 
     url = f"http://127.0.0.1:{port}"
     command, extra = ui_command(uri, "127.0.0.1", port)
     log = RunLogger(url, run_id)
-    log.log({"late": 0.0}, step=0)
+    log.log({"late": 0.0}, step=0, seconds=1.7e9)
     assert history(uri, run_id, "late") == []
     process = subprocess.Popen(command, env=os.environ | extra, start_new_session=True)
     try:
         assert wait_until_up(url, process) == 200
-        log.log({"late": 1.0}, step=1)
+        log.log({"late": 1.0}, step=1, seconds=1.7e9)
         assert log.close() == 0
         assert finish_run(url, run_id, "FINISHED", {}, {}, {})
     finally:

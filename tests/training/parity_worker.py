@@ -86,7 +86,7 @@ def train(name: str, num_modalities: int = 2, **midas) -> dict[str, Any]:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
         Hooks(
             wrap=wrap,
-            train_batches=batches,
+            train_batches=lambda epoch, resampling: batches(epoch),
             data=EpochData(train=lambda: batches(0), val=lambda: batches(0)),
             validate=dict,
             on_step=lambda progress, totals: steps.append(float(totals["loss_sum"])),
@@ -126,10 +126,33 @@ def vector_c(labels: tuple[int, ...]) -> dict[str, Tensor]:
     return method.train_step(wrap(method), batch, optimizer, START)
 
 
+def collectives(**config) -> list[str]:
+    """Names of the collectives of one main-phase step, without those of DDP."""
+    called = []
+    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast")}
+
+    def recorded(name: str):
+        def call(*args, **kwargs):
+            called.append(name)
+            return plain[name](*args, **kwargs)
+
+        return call
+
+    method = tiny_method("midas", **config)
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+    for name in plain:
+        setattr(dist, name, recorded(name))
+    method.train_step(method, own_part(random_batch(0, 12)), optimizer, START)
+    for name, function in plain.items():
+        setattr(dist, name, function)
+    return called
+
+
 def run_cases() -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {name: train(**case) for name, case in CASES.items()}
     results["vector_c"] = {labels: vector_c(labels) for labels in ((0, 1, 2, 1), (0, 0, 2, 1))}
+    results["collectives"] = {n: collectives(pair_groups=n) for n in (1, 2)}
     return results | {"gather": gather_gradient()}
 
 

@@ -12,7 +12,7 @@ from tests.training.toys import NUM_CLASSES, WIDTH, random_batch, tiny_method
 from training.batch import Batch, Progress
 from training.loop import Hooks, fit
 from training.methods import Joint
-from training.methods.base import EpochData, Method
+from training.methods.base import EpochData, Method, Resampling
 from training.model import MultimodalModel
 
 BATCH_ROWS = (16, 12, 5)
@@ -48,7 +48,7 @@ class Recorder:
         self.wrapped.append([p.requires_grad for p in method.parameters()])
         return method
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
+    def train_batches(self, epoch: int, resampling: Resampling | None) -> Iterator[Batch]:
         self.calls.append(f"train {epoch}")
         for batch in batches(epoch):
             if self.disturb:

@@ -45,7 +45,7 @@ def run(method: Method, optimizer, start_epoch: int, num_epochs: int) -> list[di
 
     hooks = Hooks(
         wrap=lambda m: m,
-        train_batches=lambda epoch: batches(epoch, num_modalities),
+        train_batches=lambda epoch, resampling: batches(epoch, num_modalities),
         data=EpochData(train=fresh, val=fresh),
         validate=dict,
         on_step=lambda progress, totals: None,

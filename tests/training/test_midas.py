@@ -1,6 +1,7 @@
 """MIDAS against the test vectors of methods.md 2.10, slow loops, and the properties named there."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from training.batch import Batch, Progress
 from training.distributed import reduce_sums
 from training.methods import MidasConfig, midas, misalign, pairing
 from training.methods.midas import Midas, resolve
-from training.methods.pairing import GlobalRows, Pairs
+from training.methods.pairing import Pairs, Pool
 
 TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
 PARTNER_A, PARTNER_B, PARTNER_C = (1, 2, 3, 0), (2, 3, 0, 1), (1, 0, 3, 2)
@@ -44,10 +45,10 @@ def fix_partners(monkeypatch):
     def fix(table) -> None:
         partner_GJ = torch.as_tensor(table).reshape(len(table), -1)
 
-        def draw(rows: GlobalRows, num_partners, kind, fused_RC, generator):
-            same = rows.label_G[partner_GJ[:, 0]] == rows.label_G
+        def draw(pool: Pool, uniform_GJ, kind, fused_RC):
+            same = pool.label_G[partner_GJ[:, 0]] == pool.label_G
             valid_G = torch.ones_like(same) if kind == "permutation" else ~same
-            return partner_GJ[rows.own_R], valid_G
+            return partner_GJ[pool.own_R], valid_G
 
         monkeypatch.setattr(midas, "draw_partners", draw)
 
@@ -451,16 +452,16 @@ def test_ratio_step_matches_the_released_branches(seed, kinetics):
 # Pairing
 
 
-def rows_of(label, group=None) -> GlobalRows:
+def pool_of(label, group=None) -> Pool:
     label = torch.as_tensor(label)
     group = torch.zeros_like(label) if group is None else torch.as_tensor(group)
-    return GlobalRows(label, group, torch.arange(len(label)), [len(label)], groups_are_local=True)
+    return Pool(label, group, torch.arange(len(label)), counts=None)
 
 
-def draw(rows: GlobalRows, num_partners: int, seed: int, kind="mismatch", fused=None):
-    fused = torch.zeros(len(rows.label_G), 3) if fused is None else fused
-    generator = torch.Generator().manual_seed(seed)
-    return pairing.draw_partners(rows, num_partners, kind, fused, generator)
+def draw(pool: Pool, num_partners: int, seed: int, kind="mismatch", fused=None):
+    fused = torch.zeros(len(pool.label_G), 3) if fused is None else fused
+    uniform = pairing.draw_uniforms(pool.group_G, num_partners, Progress(seed, 0, 0, 1))
+    return pairing.draw_partners(pool, uniform, kind, fused)
 
 
 @pytest.mark.parametrize(
@@ -469,17 +470,61 @@ def draw(rows: GlobalRows, num_partners: int, seed: int, kind="mismatch", fused=
 )
 def test_pair_groups_are_runs_of_lanes(pair_groups, expected):
     lane = [0, 0, 1, 2, 3, 3]
-    rows = pairing.global_rows(make_batch({}, range(6), lane, num_lanes=4), pair_groups)
-    assert rows.group_G.tolist() == expected
+    pool = pairing.make_pool(make_batch({}, range(6), lane, num_lanes=4), pair_groups)
+    assert pool.group_G.tolist() == expected
+
+
+def test_uniforms_of_a_group_depend_on_nothing_outside_it():
+    group = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    uniform = pairing.draw_uniforms(group, 3, START)
+    assert uniform.shape == (8, 3)
+    assert len(uniform.unique()) == 24
+    for rest in ([2], [0, 0, 2], [3, 2, 1, 2, 2, 0, 3], [2, 2, 0]):
+        other = torch.tensor(rest)
+        alone = pairing.draw_uniforms(other, 3, START)[other == 2]
+        rows = min(len(alone), 3)
+        assert torch.equal(alone[:rows], uniform[5 : 5 + rows])
+    expected = torch.rand(3, 3, generator=START.generator("pair", 2), dtype=torch.float64)
+    assert torch.equal(uniform[5:], expected)
+    assert pairing.draw_uniforms(group[:0], 3, START).shape == (0, 3)
+
+
+def test_partners_of_a_group_depend_on_nothing_outside_it():
+    label, group = [0, 1, 2, 0, 1, 2, 1], [0, 0, 0, 0, 1, 1, 1]
+    alone, _ = draw(pool_of(label[:4], group[:4]), 2, 0)
+    both, _ = draw(pool_of(label, group), 2, 0)
+    assert torch.equal(both[:4], alone)
+
+
+def test_distinct_numbers_of_every_possible_draw():
+    """One draw per cell of the unit cube: each of the 24 ordered triples below 4 comes once."""
+    cells = torch.cartesian_prod(*[(torch.arange(n) + 0.5) / n for n in (4.0, 3.0, 2.0)])
+    triples = pairing.distinct_numbers(cells.double(), torch.full((24,), 4))
+    assert sorted(map(tuple, triples.tolist())) == list(itertools.permutations(range(4), 3))
+
+
+def test_distinct_numbers_by_hand():
+    uniform = torch.tensor([0.5, 0.99, 0.0, 0.7], dtype=torch.float64).repeat(6, 1)
+    numbers = pairing.distinct_numbers(uniform, torch.tensor([0, 1, 2, 3, 4, 10]))
+    assert numbers.tolist() == [
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+        [1, 0, 1, 0],
+        [1, 2, 0, 1],
+        [2, 3, 0, 1],
+        [5, 9, 0, 6],
+    ]
+    below_one = torch.full((1, 3), math.nextafter(1, 0), dtype=torch.float64)
+    assert pairing.distinct_numbers(below_one, torch.tensor([3])).tolist() == [[2, 1, 0]]
 
 
 @pytest.mark.parametrize("num_partners", [1, 2, 3])
 def test_mismatch_partners_have_another_label_in_the_same_group(num_partners):
     label = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 1, 1, 1, 1])
     group = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
-    rows = rows_of(label, group)
+    pool = pool_of(label, group)
     for seed in range(20):
-        partner, valid = draw(rows, num_partners, seed)
+        partner, valid = draw(pool, num_partners, seed)
         assert valid.tolist() == [True] * 9 + [False] * 3
         assert (label[partner[valid]] != label[valid][:, None]).all()
         assert (group[partner[valid]] == group[valid][:, None]).all()
@@ -488,11 +533,11 @@ def test_mismatch_partners_have_another_label_in_the_same_group(num_partners):
 
 
 def test_mismatch_partners_are_uniform():
-    rows = rows_of([0, 0, 1, 1, 2, 2, 2])
+    pool = pool_of([0, 0, 1, 1, 2, 2, 2])
     draws = 4000
-    partners = torch.stack([draw(rows, 2, seed)[0] for seed in range(draws)])
-    for i, label in enumerate(rows.label_G.tolist()):
-        candidates = (rows.label_G != label).nonzero().flatten()
+    partners = torch.stack([draw(pool, 2, seed)[0] for seed in range(draws)])
+    for i, label in enumerate(pool.label_G.tolist()):
+        candidates = (pool.label_G != label).nonzero().flatten()
         for column in range(2):
             counts = torch.bincount(partners[:, i, column], minlength=7)[candidates]
             expected = draws / len(candidates)
@@ -501,11 +546,36 @@ def test_mismatch_partners_are_uniform():
             assert chi_square < 25  # 4 degrees of freedom: p < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["mismatch", "confusion"])
+def test_partners_in_a_large_batch(kind):
+    """Every row of 4096, against sets made by hand."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(30, (4096,), generator=generator)
+    group = torch.randint(3, (4096,), generator=generator)  # in no order
+    label[group == 2] = 7
+    fused = torch.randn(4096, 30, generator=generator)
+    partner, valid = draw(pool_of(label, group), 3, 0, kind, fused)
+    assert torch.equal(valid, group != 2)
+    rows_of: dict[tuple[int, int], set[int]] = {}
+    for row, key in enumerate(zip(group.tolist(), label.tolist(), strict=True)):
+        rows_of.setdefault(key, set()).add(row)
+    top_two = fused.topk(2, dim=1).indices.tolist()
+    for row in valid.nonzero().flatten().tolist():
+        own, where = int(label[row]), int(group[row])
+        wanted = [c for c in range(30) if c != own]
+        if kind == "confusion":
+            wanted = [c for c in top_two[row] if c != own][:1]
+        candidates = set().union(*(rows_of[where, c] for c in wanted))
+        chosen = set(partner[row].tolist())
+        assert len(chosen) == 3
+        assert chosen <= candidates
+
+
 def test_permutation_stays_in_its_groups_and_moves_rows():
     group = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     fixed = 0
     for seed in range(50):
-        partner, valid = draw(rows_of([0] * 7, group), 2, seed, "permutation")
+        partner, valid = draw(pool_of([0] * 7, group), 2, seed, "permutation")
         assert valid.all()
         for column in partner.T:
             assert sorted(column.tolist()) == list(range(7))
@@ -520,19 +590,28 @@ def test_confusion_prefers_the_best_wrong_class_of_the_top_two():
         [[1.0, 3, 2], [3, 1, 2], [0, 0, 9], [0, 9, 1], [5, 1, 9], [9, 8, 0]]
     )  # wrong class: 1, 2, 2, 2, 0, 0
     for seed in range(20):
-        partner, valid = draw(rows_of(label), 1, seed, "confusion", fused)
+        partner, valid = draw(pool_of(label), 1, seed, "confusion", fused)
         assert valid.all()
         assert torch.tensor(label)[partner[:, 0]].tolist() == [1, 2, 2, 2, 0, 0]
     absent = fused.roll(1, dims=1)
     labels_seen = set()
     for seed in range(20):  # nobody has class 1 here: row 4 prefers it, and falls back to others
-        partner, valid = draw(rows_of([0, 0, 0, 0, 2, 2]), 1, seed, "confusion", absent)
+        partner, valid = draw(pool_of([0, 0, 0, 0, 2, 2]), 1, seed, "confusion", absent)
         assert valid.all()
         assert (
             torch.tensor([0, 0, 0, 0, 2, 2])[partner[:, 0]] != torch.tensor([0, 0, 0, 0, 2, 2])
         ).all()
         labels_seen.add(int(partner[4, 0]))
     assert len(labels_seen) > 1
+
+
+def test_confusion_repeats_the_only_row_of_the_class_and_stays_in_the_group():
+    fused = torch.tensor([[1.0, 3, 2]]).repeat(6, 1)  # everybody is confused with 1, class 1 with 2
+    label, group = [0, 0, 1, 2, 0, 2], [0, 0, 0, 0, 1, 1]
+    for seed in range(20):
+        partner, valid = draw(pool_of(label, group), 2, seed, "confusion", fused)
+        assert valid.all()
+        assert partner.tolist() == [[2, 2], [2, 2], [3, 3], [2, 2], [5, 5], [4, 4]]
 
 
 def test_cyclic_slots_are_the_shifts_of_the_order():
@@ -553,7 +632,8 @@ def test_random_orders_are_permutations(seen):
     assert slot.shape == (5, 8, 3)
     assert (slot.sort(dim=-1).values == torch.arange(3)).all()
     assert len({tuple(row) for row in slot.reshape(-1, 3).tolist()}) > 3
-    assert sums["s_hist"].shape == (5, 20)
+    assert sums["s_sum"].shape == (5,)
+    assert not [name for name in method.epoch_metrics(sums) if name.startswith("hard/s_mean_kept/")]
     torch.testing.assert_close(
         loss.double(), (sums["loss_align"] + sums["loss_uni"]) / 8 + mean_mis(sums)
     )
@@ -690,15 +770,35 @@ def test_l2_similarity_weight(fix_partners, seen):
     close(seen.hard, [[1 + 1 / (1 + d) for d in distance_a], [1 + 1 / (1 + d) for d in distance_b]])
 
 
-def test_histogram_counts_similarities(fix_partners):
-    fix_partners(PARTNER_A)
+def test_mean_similarity_by_the_modality_kept(fix_partners):
+    fix_partners((3, 3, 0, 0))  # row 1 has its own label as partner: left out
     method = vector_midas()
     _, sums = step(method, vector_batch())
-    histograms = method.histograms(sums)
-    expected = [0.0] * 20
-    expected[10], expected[2], expected[17] = 2.0, 1.0, 1.0  # 0, 0, -0.7071, 0.7071
-    assert histograms == {"hard/s_hist/0": expected, "hard/s_hist/1": expected}
-    close(sums["s_sum"], [0, 0])
+    metrics = method.epoch_metrics(sums)
+    near = math.sqrt(0.5)
+    assert metrics["hard/s_mean_kept/one"] == pytest.approx(near)  # of F2: rows 0-3, 2-0, 3-0
+    assert metrics["hard/s_mean_kept/two"] == pytest.approx(-near / 3)
+    assert metrics["hard/s_mean"] == pytest.approx(near / 3)
+
+
+def test_large_alpha_is_told_once_on_rank_zero(monkeypatch, caplog):
+    def epoch(method: Midas) -> int:
+        caplog.clear()
+        _, sums = step(method, vector_batch())
+        method.epoch_metrics(sums)
+        return len(caplog.records)
+
+    method = vector_midas(eta=0)
+    method.alpha.copy_(torch.tensor([1.0, 10.0]))
+    assert epoch(method) == 0
+    method.alpha[1] = 10.05
+    assert epoch(method) == 1
+    assert "alpha of modality two is 10.05" in caplog.text
+    assert epoch(method) == 0
+    other = vector_midas(eta=0)
+    other.alpha[1] = 11
+    monkeypatch.setattr(midas, "rank", lambda: 1)
+    assert epoch(other) == 0
 
 
 def test_epoch_metrics_names_and_values(fix_partners):
@@ -713,6 +813,8 @@ def test_epoch_metrics_names_and_values(fix_partners):
         "train/loss_uni": 1.490637,
         "train/loss_mis": (1.732687 + 1.779039) / 2,
         "hard/s_mean": 0.0,
+        "hard/s_mean_kept/one": 0.0,
+        "hard/s_mean_kept/two": 0.0,
         "alpha/one": 1.0,
         "alpha/two": 1.3,
         "alpha_mean/one": 1.0,

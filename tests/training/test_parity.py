@@ -79,6 +79,16 @@ def test_gathered_rows_pass_gradients_back(one, two):
         torch.testing.assert_close(ranks["gather"]["grad"], alone["grad"][own], atol=1e-12, rtol=0)
 
 
+def test_few_collectives_in_a_step(one, two):
+    """Counts, labels, features and their gradient, sums; or valid pairs and sums."""
+    assert one["collectives"] == {1: [], 2: []}
+    for ranks in two:
+        assert ranks["collectives"] == {
+            1: ["all_reduce", "all_gather", "all_gather", "all_reduce", "all_reduce"],
+            2: ["all_reduce", "all_reduce"],
+        }
+
+
 @pytest.mark.parametrize(
     ("labels", "total", "mis", "num_misaligned", "alpha"),
     [

@@ -35,6 +35,20 @@ class NonFiniteError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """The rows of one epoch, in place of every row once; equal on every rank.
+
+    Attributes:
+        sample_id: (n,) int64, any order, repeats allowed.
+        keep: (n, M) bool: modalities that stay; the batch carries it as `Batch.keep`, and the
+            method's forward decides what dropping means.
+    """
+
+    sample_id: Tensor
+    keep: Tensor
+
+
+@dataclass(frozen=True)
 class EpochData:
     """Fresh passes over this rank's rows, for prototypes, valuations and nested estimation."""
 
@@ -66,8 +80,12 @@ class Method(nn.Module):
         """Optimizer parameter groups over all parameters that learn in any phase."""
         return [{"params": list(self.parameters())}]
 
-    def before_epoch(self, data: EpochData, progress: Progress) -> None:
-        """Called before every epoch, outside DDP; update state (buffers) from reduced numbers."""
+    def before_epoch(self, data: EpochData, progress: Progress) -> Resampling | None:
+        """Called before every epoch, outside DDP; update state (buffers) from reduced numbers.
+
+        The place, too, for what others do at the end of an epoch (valuation, re-learning): the
+        checkpoint then holds the weights that were validated, and a resumed run repeats it.
+        """
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss and sums of one batch; runs inside DDP, once per step."""

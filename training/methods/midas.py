@@ -7,9 +7,10 @@ one count more. Pairing is in `pairing.py`, the formulas are in `misalign.py`.
 
 Differences from the paper and the authors' code, on purpose:
 
-- Pairing is over the whole global batch (`pair_groups=1`), also across ranks; a single random draw
-  made alike on every rank. The result does not depend on the number of workers. The price is one
-  all-gather of features per step; `pair_groups` equal to the number of workers avoids it.
+- Pairing is over the whole global batch by default (`pair_groups=1`), also across ranks; each pair
+  group has a draw of its own, seeded by (seed, epoch, step, group). The result does not depend on
+  the number of workers. The price, with more than one, is an exchange of labels and features in
+  every step; `pair_groups` equal to a multiple of the number of workers avoids it.
 - alpha is a buffer: it is checkpointed, equal on all ranks, and driven by sums over all ranks. The
   authors keep a Python float per process that restarts at 1.
 - alpha moves by `eta * sign(...)` as their code does; a tie leaves it where it is.
@@ -19,9 +20,11 @@ Differences from the paper and the authors' code, on purpose:
 - `similarity="l2"` and `pairing="confusion"` are named but not defined in the paper; see methods.md
   2.9 for the reading taken here.
 
-Shapes: R rows of this rank, G of the global batch, M modalities, S misaligned samples per row.
+Shapes: R rows of this rank, G of the pool they are paired in, M modalities, S misaligned samples
+per row.
 """
 
+import logging
 from typing import Literal
 
 import torch
@@ -29,7 +32,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from training.batch import Batch, Progress, StepOutput
-from training.distributed import reduce_sums
+from training.distributed import rank, reduce_sums
 from training.methods.base import Method, cross_entropy_sum, global_mean, step_output
 from training.methods.misalign import (
     AlphaFlip,
@@ -51,15 +54,22 @@ from training.methods.pairing import (
     Orders,
     Pairing,
     Pairs,
+    Pool,
     draw_partners,
     draw_slots,
-    global_rows,
+    draw_uniforms,
     make_pairs,
+    make_pool,
+    num_orders,
 )
 from training.model import MultimodalModel
 
 AlphaStat = Literal["mean_of_ratios", "ratio_of_means"]
 UniReduction = Literal["sum", "mean"]
+
+ALPHA_ALARM = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 class MidasConfig(BaseModel, extra="forbid", frozen=True):
@@ -175,6 +185,7 @@ class Midas(Method):
             )
         self.register_buffer("alpha", torch.ones(num_modalities, dtype=torch.float64))
         self.register_buffer("weak", torch.tensor(-1))
+        self._warned = False
 
     def set_phase(self, epoch: int) -> None:
         """The fusion head gets no gradient during warm-up."""
@@ -182,31 +193,41 @@ class Midas(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Warm-up: L_uni. Main phase: L_align + L_uni + lambda * L_mis (2.2 item 7)."""
+        is_main = self.is_main_phase(progress.epoch)
+        drawn = self._draw(batch, progress) if is_main else None  # first, for it waits for the GPU
         features = self.model.encode(batch.inputs)
         logits = self.model.unimodal_logits(features)
         uni = torch.stack([cross_entropy_sum(z, batch.label) for z in logits.values()])
         uni = uni.sum() if self.config.uni_reduction == "sum" else uni.mean()
-        if not self.is_main_phase(progress.epoch):
+        if drawn is None:
             return step_output(global_mean(uni, batch.global_rows), batch, loss_uni=uni)
         fused = self.model.fuse(features)
         align = cross_entropy_sum(fused, batch.label)
-        pairs = self._pair(batch, fused.detach(), progress)
+        pairs = self._pair(*drawn, fused.detach())
         mis, stats = self._misaligned(batch, features, logits, pairs)
         num_misaligned = (pairs.num_valid * pairs.slot_SRM.shape[0]).clamp_min(1)
         loss = global_mean(align + uni, batch.global_rows)
         loss = loss + self.config.lambda_mis * global_mean(mis, num_misaligned)
         return step_output(loss, batch, loss_align=align, loss_uni=uni, loss_mis=mis, **stats)
 
-    def _pair(self, batch: Batch, fused_RC: Tensor, progress: Progress) -> Pairs:
-        """Partners of this rank's rows, drawn for the global batch alike on every rank."""
+    def _draw(self, batch: Batch, progress: Progress) -> tuple[Pool, Tensor]:
+        """The rows to pair, and (G, J + orders * M) random numbers to do so."""
+        num_modalities, orders = len(self.model.modalities), self.config.perms_per_sample
+        pool = make_pool(batch, self.config.pair_groups)
+        width = num_modalities - 1 + num_orders(orders) * num_modalities
+        return pool, draw_uniforms(pool.group_G, width, progress)
+
+    def _pair(self, pool: Pool, uniform_GK: Tensor, fused_RC: Tensor) -> Pairs:
+        """Sources of this rank's misaligned samples."""
         config, num_modalities = self.config, len(self.model.modalities)
-        generator = progress.generator("pair")
-        rows = global_rows(batch, config.pair_groups)
+        num_partners = num_modalities - 1
         partner_RJ, valid_G = draw_partners(
-            rows, num_modalities - 1, config.pairing, fused_RC, generator
+            pool, uniform_GK[:, :num_partners], config.pairing, fused_RC
         )
-        slot_SRM = draw_slots(rows, num_modalities, config.perms_per_sample, generator)
-        return make_pairs(rows, partner_RJ, valid_G, slot_SRM)
+        slot_SRM = draw_slots(
+            uniform_GK[pool.own_R, num_partners:], num_modalities, config.perms_per_sample
+        )
+        return make_pairs(pool, partner_RJ, valid_G, slot_SRM)
 
     def _misaligned(
         self, batch: Batch, features: dict[str, Tensor], logits: dict[str, Tensor], pairs: Pairs
@@ -215,9 +236,8 @@ class Midas(Method):
         kind, shape = self.config.similarity, pairs.slot_SRM.shape
         confidence_RM = torch.stack([confidence(z, batch.label) for z in logits.values()], dim=1)
         modality_M = torch.arange(shape[2], device=confidence_RM.device)
-        share_SRM = share(pairs.pool(confidence_RM)[pairs.source_SRM, modality_M])
-
-        swapped = self._swapped(batch, features, pairs)
+        confidence_GM, swapped = self._swapped(batch, features, confidence_RM, pairs)
+        share_SRM = share(confidence_GM[pairs.source_SRM, modality_M])
         fused_SRC = self.model.fuse(swapped).unflatten(0, shape[:2])
         log_probability_SRM = label_log_probability(fused_SRC, pairs.label_SRM)
         likeness = [
@@ -239,17 +259,27 @@ class Midas(Method):
         return (loss_SR * pairs.valid_R).sum(), stats
 
     def _swapped(
-        self, batch: Batch, features: dict[str, Tensor], pairs: Pairs
-    ) -> dict[str, Tensor]:
-        """modality -> (S*R, D_m) features of the misaligned samples, attached to all sources."""
-        index = {name: pairs.source_SRM[..., m].flatten() for m, name in enumerate(features)}
+        self, batch: Batch, features: dict[str, Tensor], confidence_RM: Tensor, pairs: Pairs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the sources supply, from as few exchanges between ranks as possible.
+
+        Returns:
+            (G, M) confidences, detached, and modality -> (S*R, D_m) features of the misaligned
+            samples, attached to all sources.
+        """
+        pool, index_MN = pairs.pool, pairs.source_SRM.movedim(-1, 0).flatten(1)
         if self.config.mix_level == "input":
-            return self.model.encode(
-                {name: pairs.pool(batch.inputs[name])[index[name]] for name in features}
-            )
-        widths = [value.shape[1] for value in features.values()]
-        pooled = pairs.pool(torch.cat(list(features.values()), dim=1)).split(widths, dim=1)
-        return {name: rows[index[name]] for name, rows in zip(features, pooled, strict=True)}
+            inputs = {
+                name: pool.gather(batch.inputs[name])[0][index_N]
+                for name, index_N in zip(features, index_MN, strict=True)
+            }
+            return pool.gather(confidence_RM)[0], self.model.encode(inputs)
+        confidence_GM, *pooled = pool.gather(confidence_RM, *features.values())
+        swapped = {
+            name: rows[index_N]
+            for name, rows, index_N in zip(features, pooled, index_MN, strict=True)
+        }
+        return confidence_GM.detach(), swapped
 
     def _weak(self, sums: dict[str, Tensor]) -> Tensor:
         """() least confident modality: on misaligned samples (2.2 item 4) or on aligned rows."""
@@ -280,16 +310,18 @@ class Midas(Method):
         """Fusion head and unimodal heads, (B, C) each."""
         return {"fused": self.model.fuse(features), **self.model.unimodal_logits(features)}
 
-    def histograms(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
-        """Counts of s~ in bins of [-1, 1], per misaligned sample (cyclic: the s-th keeps s)."""
-        return {f"hard/s_hist/{s}": row for s, row in enumerate(sums["s_hist"].tolist())}
-
     def epoch_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Losses, confidences (Fig. 3), alpha (Fig. 4) and mean similarity of an epoch."""
+        """Losses, confidences (Fig. 3), alpha (Fig. 4) and mean similarities of an epoch.
+
+        `hard/s_mean_kept/m` is over the misaligned samples that keep modality m; random orders
+        (`perms_per_sample` not "cyclic") have the overall mean only.
+        """
         rows = sums["rows"]
         metrics = {"train/loss_uni": sums["loss_uni"] / rows}
         if "n_valid" in sums:
-            num_misaligned = (sums["n_valid"] * len(sums["s_sum"])).clamp_min(1)
+            self._warn_of_large_alpha()
+            num_valid = sums["n_valid"].clamp_min(1)
+            num_misaligned = num_valid * len(sums["s_sum"])
             metrics |= {
                 "train/loss_align": sums["loss_align"] / rows,
                 "train/loss_mis": sums["loss_mis"] / num_misaligned,
@@ -303,4 +335,20 @@ class Midas(Method):
                     f"conf_uni/{name}": sums["conf_uni"][m] / num_misaligned,
                     f"conf_multi/{name}": sums["conf_multi"][m] / num_misaligned,
                 }
+                if self.config.perms_per_sample == "cyclic":
+                    metrics[f"hard/s_mean_kept/{name}"] = sums["s_sum"][m] / num_valid
         return {name: float(value) for name, value in metrics.items()}
+
+    def _warn_of_large_alpha(self) -> None:
+        """Once, on rank 0: the paper sets no bound on alpha (methods.md 2.8 #10)."""
+        if self._warned or rank() != 0 or not bool(self.alpha.max() > ALPHA_ALARM):
+            return
+        self._warned = True
+        m = int(self.alpha.argmax())
+        logger.warning(
+            "alpha of modality %s is %.2f, above %g; the misaligned loss may drown the other "
+            "terms; set midas.alpha_cap or lower midas.eta",
+            self.model.modalities[m],
+            float(self.alpha[m]),
+            ALPHA_ALARM,
+        )

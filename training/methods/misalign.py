@@ -15,8 +15,6 @@ from training.methods.base import wide
 AlphaFlip = Literal["reset", "keep", "carry"]
 Similarity = Literal["cosine", "l2"]
 
-HISTOGRAM_BINS = 20
-
 
 def confidence(logits_RC: Tensor, label_R: Tensor) -> Tensor:
     """(R,) probability of the row's own label, detached: c of item 2."""
@@ -118,10 +116,6 @@ def statistics(
     """This rank's sums behind alpha and the diagnostics, over valid rows, in float64."""
     probability_SRM = log_probability_SRM.detach().exp().double()
     valid_R1 = valid_R[:, None].double()
-    bucket_SR = ((similarity_SR + 1) * (HISTOGRAM_BINS / 2)).long().clamp(0, HISTOGRAM_BINS - 1)
-    histogram = torch.zeros(
-        len(similarity_SR), HISTOGRAM_BINS, dtype=torch.float64, device=valid_R.device
-    )
     return {
         "n_valid": valid_R.double().sum(),
         "raw_uni": confidence_RM.double().sum(dim=0),
@@ -129,7 +123,6 @@ def statistics(
         "conf_uni": (share_SRM.double() * valid_R1).sum(dim=(0, 1)),
         "conf_multi": (share(probability_SRM) * valid_R1).sum(dim=(0, 1)),
         "s_sum": (similarity_SR.double() * valid_R).sum(dim=1),
-        "s_hist": histogram.scatter_add_(1, bucket_SR, valid_R1.T.expand(similarity_SR.shape)),
     }
 
 

@@ -1,7 +1,8 @@
-"""Who is paired with whom in MIDAS: drawn for the whole global batch, alike on every rank.
+"""Who is paired with whom in MIDAS: per pair group, whichever ranks the rows of a group are on.
 
-Shapes: R rows of this rank, G rows of the whole global batch, M modalities, J = M - 1 partners of a
-row, S misaligned samples built per row, C classes.
+Shapes: R rows of this rank, G rows of the pool (the whole global batch, or this rank's rows if no
+group leaves its rank), M modalities, J = M - 1 partners of a row, S misaligned samples built per
+row, C classes.
 """
 
 from dataclasses import dataclass
@@ -10,30 +11,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from training.batch import Batch
-from training.distributed import gather_rows, rank, row_counts, world_size
+from training.batch import Batch, Progress
+from training.distributed import gather_rows, rank, reduce_sums, row_counts, world_size
 
 Pairing = Literal["mismatch", "permutation", "confusion"]
 Orders = Literal["cyclic"] | int
 
 
 @dataclass(frozen=True)
-class GlobalRows:
-    """What every rank knows about the rows of the global batch.
+class Pool:
+    """The rows among which this rank's rows find their partners.
 
     Attributes:
         label_G: class ids.
         group_G: pair group; partners belong to one group.
         own_R: where this rank's rows are.
-        counts: rows of every rank.
-        groups_are_local: no group has rows of two ranks.
+        counts: rows of every rank, or None if the pool is this rank's rows.
     """
 
     label_G: Tensor
     group_G: Tensor
     own_R: Tensor
-    counts: list[int]
-    groups_are_local: bool
+    counts: list[int] | None
+
+    def gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """This rank's (R, n, ...) tensors to (G, n, ...), by one collective; differentiable.
+
+        Several tensors travel in the widest of their dtypes and agree in the shape after n.
+        """
+        if self.counts is None:
+            return rows
+        table = gather_rows(torch.cat(rows, dim=1), self.counts)
+        parts = table.split([value.shape[1] for value in rows], dim=1)
+        return tuple(part.to(value.dtype) for part, value in zip(parts, rows, strict=True))
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,11 @@ class Pairs:
 
     Attributes:
         label_SRM: label of the row that supplies each modality.
-        source_SRM: that row, as an index into what `pool` returns.
+        source_SRM: that row, as an index into the pool.
         slot_SRM: 0 where the row itself supplies the modality.
         valid_R: rows that found a partner.
         num_valid: (), such rows in the global batch.
-        counts: rows of every rank, or None if no pair leaves its rank.
+        pool: where the sources are.
     """
 
     label_SRM: Tensor
@@ -54,111 +64,124 @@ class Pairs:
     slot_SRM: Tensor
     valid_R: Tensor
     num_valid: Tensor
-    counts: list[int] | None
-
-    def pool(self, rows: Tensor) -> Tensor:
-        """All rows that can be a source: this rank's, or those of all ranks; differentiable."""
-        return rows if self.counts is None else gather_rows(rows, self.counts)
+    pool: Pool
 
 
-def global_rows(batch: Batch, pair_groups: int) -> GlobalRows:
-    """Gather labels and pair groups; lanes are dealt to groups like they are to ranks."""
-    counts = row_counts(len(batch.label), batch.label.device)
-    first = sum(counts[: rank()])
+def make_pool(batch: Batch, pair_groups: int) -> Pool:
+    """Labels and pair groups of the pool; lanes are dealt to groups like they are to ranks."""
     group = batch.lane * pair_groups // batch.num_lanes
+    own_R = torch.arange(len(batch.label), device=batch.label.device)
+    if pair_groups % world_size() == 0 and batch.num_lanes % world_size() == 0:
+        return Pool(batch.label, group, own_R, counts=None)
+    counts = row_counts(len(batch.label), batch.label.device)
     table = gather_rows(torch.stack([batch.label, group], dim=1), counts)
-    return GlobalRows(
-        label_G=table[:, 0],
-        group_G=table[:, 1],
-        own_R=torch.arange(first, first + len(batch.label), device=table.device),
-        counts=counts,
-        groups_are_local=pair_groups % world_size() == 0 and batch.num_lanes % world_size() == 0,
-    )
+    return Pool(table[:, 0], table[:, 1], own_R + sum(counts[: rank()]), counts)
+
+
+def draw_uniforms(group_G: Tensor, width: int, progress: Progress) -> Tensor:
+    """(G, width) float64 in [0, 1): what the step's pairing is made of.
+
+    Every group has its own CPU generator, so its numbers are the same on every rank and device,
+    and depend on nothing outside the group.
+    """
+    parts = [
+        torch.rand(size, width, generator=progress.generator("pair", group), dtype=torch.float64)
+        for group, size in enumerate(group_G.bincount(minlength=1).tolist())
+    ]
+    uniform = torch.cat(parts).to(group_G.device)
+    return torch.empty_like(uniform).index_copy_(0, group_G.argsort(stable=True), uniform)
 
 
 def draw_partners(
-    rows: GlobalRows,
-    num_partners: int,
-    pairing: Pairing,
-    fused_RC: Tensor,
-    generator: torch.Generator,
+    pool: Pool, uniform_GJ: Tensor, pairing: Pairing, fused_RC: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Partners (R, J) of this rank's rows, and which rows (G,) of the batch have any.
+    """Partners (R, J) of this rank's rows, and which rows (G,) of the pool have any.
 
-    The draw is made for the global batch, on the CPU: it is the same on every rank and device, and
-    takes G * G random numbers (6 ms for 512 rows on one core).
+    Sorted by group and label, the candidates of a row are one block with at most one gap: its
+    group without its own label, or, for `confusion`, the class it is confused with. A row with
+    fewer than J candidates repeats them in turn; one without any gets an arbitrary index.
 
     Args:
-        rows: labels and groups.
-        num_partners: J.
+        pool: labels and groups.
+        uniform_GJ: float64 in [0, 1).
         pairing: see MidasConfig.
-        fused_RC: detached logits of the aligned rows, read by `confusion` only.
-        generator: in the same state on every rank.
+        fused_RC: detached logits of the aligned rows; their values are read by `confusion` only.
     """
-    count, device = len(rows.label_G), rows.label_G.device
     if pairing == "permutation":
-        key = torch.rand(count, num_partners, generator=generator, dtype=torch.float64)
-        partner_GJ = permute_in_groups(key.to(device), rows.group_G)
-        return partner_GJ[rows.own_R], torch.ones_like(rows.label_G, dtype=torch.bool)
-    candidate_GG = is_candidate(rows.label_G, rows.group_G)
-    score_RG = torch.rand(count, count, generator=generator).to(device)[rows.own_R]
+        partner_GJ = permute_in_groups(uniform_GJ, pool.group_G)
+        return partner_GJ[pool.own_R], torch.ones_like(pool.group_G, dtype=torch.bool)
+    num_classes = fused_RC.shape[1]
+    group_G = pool.group_G * num_classes
+    sorted_G, order_G = (group_G + pool.label_G).sort(stable=True)
+    first_G, size_G = _block(sorted_G, group_G, num_classes)
+    gap_G, gap_size_G = _block(sorted_G, group_G + pool.label_G, 1)
+    count_G = size_G - gap_size_G
+    first_R, count_R, gap_R, gap_size_R = (
+        value[pool.own_R] for value in (first_G, count_G, gap_G, gap_size_G)
+    )
     if pairing == "confusion":
-        preferred = confused_class(fused_RC, rows.label_G[rows.own_R])
-        score_RG = score_RG + (preferred[:, None] == rows.label_G)
-    partner_RJ = pick_partners(score_RG, candidate_GG[rows.own_R], num_partners)
-    return partner_RJ, candidate_GG.any(dim=1)
+        confused_R = confused_class(fused_RC, pool.label_G[pool.own_R])
+        start_R, size_R = _block(sorted_G, group_G[pool.own_R] + confused_R, 1)
+        found_R = size_R > 0
+        first_R = torch.where(found_R, start_R, first_R)
+        count_R = torch.where(found_R, size_R, count_R)
+        gap_size_R = gap_size_R.where(~found_R, 0)
+    position_RJ = first_R[:, None] + distinct_numbers(uniform_GJ[pool.own_R], count_R)
+    position_RJ = position_RJ + gap_size_R[:, None] * (position_RJ >= gap_R[:, None])
+    return order_G[position_RJ.clamp(max=len(order_G) - 1)], count_G > 0
 
 
-def draw_slots(
-    rows: GlobalRows, num_modalities: int, orders: Orders, generator: torch.Generator
-) -> Tensor:
+def draw_slots(uniform_RK: Tensor, num_modalities: int, orders: Orders) -> Tensor:
     """(S, R, M) slot of each modality's source: 0 the row itself, 1..J its partners (A.2).
 
     Args:
-        rows: labels and groups.
+        uniform_RK: in [0, 1), K = `num_orders(orders)` * M.
         num_modalities: M.
         orders: "cyclic" for the M shifts of one random permutation per row, or the number of
             independent random permutations.
-        generator: in the same state on every rank.
     """
-    num_orders = 1 if orders == "cyclic" else orders
-    key = torch.rand(len(rows.label_G), num_orders, num_modalities, generator=generator)
-    order_RSM = key.argsort(dim=-1).to(rows.own_R.device)[rows.own_R]
+    order_RSM = uniform_RK.unflatten(1, (num_orders(orders), num_modalities)).argsort(dim=-1)
     return cyclic_slots(order_RSM[:, 0]) if orders == "cyclic" else order_RSM.transpose(0, 1)
 
 
-def make_pairs(rows: GlobalRows, partner_RJ: Tensor, valid_G: Tensor, slot_SRM: Tensor) -> Pairs:
+def num_orders(orders: Orders) -> int:
+    """Random permutations per row."""
+    return 1 if orders == "cyclic" else orders
+
+
+def make_pairs(pool: Pool, partner_RJ: Tensor, valid_G: Tensor, slot_SRM: Tensor) -> Pairs:
     """Sources and labels of all misaligned samples; a row without partner is its own source."""
-    valid_R = valid_G[rows.own_R]
-    partner_RJ = torch.where(valid_R[:, None], partner_RJ, rows.own_R[:, None])
-    source_SRM = source_rows(rows.own_R, partner_RJ, slot_SRM)
-    first = sum(rows.counts[: rank()])
+    valid_R = valid_G[pool.own_R]
+    partner_RJ = torch.where(valid_R[:, None], partner_RJ, pool.own_R[:, None])
+    source_SRM = source_rows(pool.own_R, partner_RJ, slot_SRM)
+    num_valid = valid_G.sum()
+    if pool.counts is None:
+        num_valid = reduce_sums({"valid": num_valid})["valid"].long()
     return Pairs(
-        label_SRM=rows.label_G[source_SRM],
-        source_SRM=source_SRM - first if rows.groups_are_local else source_SRM,
+        label_SRM=pool.label_G[source_SRM],
+        source_SRM=source_SRM,
         slot_SRM=slot_SRM,
         valid_R=valid_R,
-        num_valid=valid_G.sum(),
-        counts=None if rows.groups_are_local else rows.counts,
+        num_valid=num_valid,
+        pool=pool,
     )
 
 
-def is_candidate(label_G: Tensor, group_G: Tensor) -> Tensor:
-    """(G, G) bool: the column's row may be a partner of the row's; same group, another label."""
-    return (label_G[:, None] != label_G) & (group_G[:, None] == group_G)
+def distinct_numbers(uniform_RJ: Tensor, count_R: Tensor) -> Tensor:
+    """(R, J) numbers in [0, count): a uniform ordered draw without replacement (shift method).
 
-
-def pick_partners(score_RG: Tensor, candidate_RG: Tensor, num_partners: int) -> Tensor:
-    """(R, J) partners of every row: its candidates with the highest scores, best first.
-
-    Uniform scores make a uniform draw without repetition. Rows with fewer than J candidates repeat
-    theirs in turn; rows without any get an arbitrary index.
+    The j-th is drawn from the count - j that are left, then raised past those taken before it.
+    Rows with count < J repeat theirs in turn; rows with count 0 get zeros.
     """
-    ranked = score_RG.masked_fill(~candidate_RG, -1.0)
-    best = ranked.topk(min(num_partners, ranked.shape[1]), dim=1).indices
-    available_R1 = candidate_RG.sum(dim=1, keepdim=True).clamp(1, best.shape[1])
-    column_J = torch.arange(num_partners, device=best.device)
-    return best.gather(1, column_J % available_R1)
+    taken: list[Tensor] = []
+    for j, uniform_R in enumerate(uniform_RJ.unbind(dim=1)):
+        number_R = (uniform_R * (count_R - j).clamp_min(0)).long()
+        if taken:
+            for lower_R in torch.stack(taken).sort(dim=0).values:
+                number_R = number_R + (number_R >= lower_R)
+        taken.append(number_R)
+    column_J = torch.arange(len(taken), device=count_R.device)
+    return torch.stack(taken, dim=1).gather(1, column_J % count_R.clamp_min(1)[:, None])
 
 
 def permute_in_groups(key_GJ: Tensor, group_G: Tensor) -> Tensor:
@@ -191,3 +214,9 @@ def source_rows(own_R: Tensor, partner_RJ: Tensor, slot_SRM: Tensor) -> Tensor:
     """(S, R, M) row that supplies each modality, a(m) = K[slot(m)] with K = (own, partners)."""
     rows_RM = torch.cat([own_R[:, None], partner_RJ], dim=1)
     return rows_RM.expand(slot_SRM.shape).gather(2, slot_SRM)
+
+
+def _block(sorted_G: Tensor, key_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Start (N,) and size (N,) of the block of values in [key, key + width)."""
+    start_N = torch.searchsorted(sorted_G, key_N)
+    return start_N, torch.searchsorted(sorted_G, key_N + width) - start_N

@@ -1,0 +1,72 @@
+"""The bridge between the reader and the loop: columns become batches, resampling included."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from data.prepare import prepare
+from data.schema import Manifest
+from service.config import load_preset
+from service.worker import WorkerRows, make_order
+from training.methods.base import Resampling
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Manifest, Path]]:
+    folder = tmp_path_factory.mktemp("digits")
+    report = prepare(load_preset("digits").data, folder)
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=256 << 20,
+        log_to_driver=False,
+    )
+    yield report.manifest, folder
+    ray.shutdown()
+
+
+def rows_of(prepared: tuple[Manifest, Path]) -> WorkerRows:
+    manifest, folder = prepared
+    return WorkerRows(load_preset("digits"), manifest, str(folder), torch.device("cpu"))
+
+
+def test_an_epoch_has_every_training_row_once(prepared: tuple[Manifest, Path]):
+    manifest, _ = prepared
+    rows = rows_of(prepared)
+    for epoch in (0, 1):
+        batches = list(rows.train(epoch, None))
+        assert len(batches) == make_order(load_preset("digits"), manifest).num_steps
+        ids = torch.cat([batch.sample_id for batch in batches])
+        assert len(ids.unique()) == len(ids) == manifest.rows("train")
+        assert all(len(batch.label) == batch.global_rows for batch in batches)
+        assert batches[0].keep is None
+        assert batches[0].inputs["audio"].shape == (64, 1, 40, 25)
+
+
+def test_a_resampled_epoch_has_the_asked_rows_and_masks(prepared: tuple[Manifest, Path]):
+    rows = rows_of(prepared)
+    everyone = torch.cat([batch.sample_id for batch in rows.evaluation("train")])
+    twice = everyone[:100]
+    sample_id = torch.cat([everyone, twice])
+    keep = torch.ones(len(sample_id), 2, dtype=torch.bool)
+    keep[len(everyone) :, 1] = False  # the copies keep the first modality only
+    batches = list(rows.train(3, Resampling(sample_id, keep)))
+    got = torch.cat([batch.sample_id for batch in batches])
+    masks = torch.cat([batch.keep for batch in batches if batch.keep is not None])
+    assert sorted(got.tolist()) == sorted(sample_id.tolist())
+    assert sorted(got[~masks[:, 1]].tolist()) == sorted(twice.tolist())
+    assert masks[:, 0].all()
+
+
+def test_validation_is_the_same_from_the_cache(prepared: tuple[Manifest, Path]):
+    rows = rows_of(prepared)
+    first, second = (list(rows.evaluation("val")) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert (a.sample_id == b.sample_id).all()
+        assert (a.inputs["image"] == b.inputs["image"]).all()
