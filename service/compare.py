@@ -1,6 +1,7 @@
 """`midas compare`: methods times seeds on one preset, one Ray session, one table."""
 
 import statistics
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -66,7 +67,8 @@ def compare(
     for run in runs:
         launch.check_plan(run, manifest)
     results = []
-    with ray_session(config, debug=debug):
+    unfinished = any(launch.finished(run) is None for run in runs)
+    with ray_session(config, debug=debug) if unfinished else nullcontext():
         for number, run in enumerate(runs, 1):
             console.status(f"run {number} of {len(runs)}: {run.name}")
             outcome = launch.train(run, folder, view=console.progress, debug=debug)

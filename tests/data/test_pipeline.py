@@ -1,14 +1,34 @@
 """Ray Data carries the planned order: compared with the plan itself, for every rank."""
 
+import time
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
+from ray.data import DataContext
+from ray.experimental import get_local_object_locations
 
-from data.order import Order
-from data.pipeline import ShardReader, columns, cut, eval_stream, train_stream
+from data import pipeline
+from data.order import Order, Read, chunk_reads
+from data.pipeline import (
+    CONCURRENT_READS,
+    TABLES_AHEAD,
+    ShardReader,
+    columns,
+    cut,
+    eval_stream,
+    locate,
+    read_window,
+    run_reads,
+    sample_index,
+    small_reads,
+    train_stream,
+)
 from data.prepare import prepare
+from data.schema import DataError, Manifest, Modality, Shard
 from data.sources import DataConfig
 
 pytestmark = pytest.mark.ray
@@ -20,7 +40,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardReader]:
     report = prepare(DataConfig(name="digits", rows_per_shard=500), folder)
     ray.init(
         address="local",
-        num_cpus=2,
+        num_cpus=1,
         include_dashboard=False,
         object_store_memory=256 << 20,
         log_to_driver=False,
@@ -29,42 +49,111 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardReader]:
     ray.shutdown()
 
 
-def ids(table) -> list[int]:
+def ids(table: pa.Table) -> list[int]:
     return table.column("sample_id").to_pylist()
+
+
+def pairs(table: pa.Table) -> list[tuple[int, int]]:
+    """Sample id and keep mask of every row."""
+    return list(zip(ids(table), table.column("keep").to_pylist(), strict=True))
 
 
 def make_order(reader: ShardReader) -> Order:
     return Order(reader.group_rows, 64, 8, 6, seed=3)
 
 
+def whole(reader: ShardReader) -> list[Read]:
+    return chunk_reads(reader.group_rows, 0, reader.manifest.rows(reader.split))
+
+
+def plan_rows(order: Order, epoch: int) -> np.ndarray:
+    """Row numbers, counted over all row groups, of an epoch as the plan has it."""
+    starts = np.concatenate([[0], np.cumsum(order.group_rows)])
+    found = []
+    for index in range(order.num_windows):
+        window = order.window(epoch, index, range(order.lanes))
+        rows = [starts[r.row_group] + np.arange(r.start, r.stop) for r in window.reads]
+        found.append(np.concatenate(rows)[window.take])
+    return np.concatenate(found)
+
+
 def test_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
     order = make_order(reader)
-    stored = ids(reader.read([read for read in _whole(reader)]))
-
-    def planned(epoch: int) -> list[int]:
-        starts = np.concatenate([[0], np.cumsum(reader.group_rows)])
-        found = []
-        for index in range(order.num_windows):
-            window = order.window(epoch, index, range(order.lanes))
-            rows = [starts[r.row_group] + np.arange(r.start, r.stop) for r in window.reads]
-            found += [stored[i] for i in np.concatenate(rows)[window.take]]
-        return found
-
+    stored = ids(reader.read(whole(reader)))
+    planned = [stored[i] for epoch in range(2) for i in plan_rows(order, epoch)]
     alone = list(train_stream(reader, order, rank=0, world_size=1, epochs=range(2)))
     assert len(alone) == 2 * order.num_steps
-    assert [i for table in alone for i in ids(table)] == planned(0) + planned(1)
+    assert [i for table in alone for i in ids(table)] == planned
+    assert "keep" not in alone[0].column_names
     parts = [
         list(train_stream(reader, order, rank=r, world_size=2, epochs=range(2))) for r in range(2)
     ]
-    for whole, first, second in zip(alone, *parts, strict=True):
-        assert ids(whole) == ids(first) + ids(second)
+    for both, first, second in zip(alone, *parts, strict=True):
+        assert ids(both) == ids(first) + ids(second)
 
 
 def test_starting_in_the_middle_gives_the_rest(reader: ShardReader):
     order = make_order(reader)
-    whole = list(train_stream(reader, order, rank=1, world_size=2, epochs=range(1)))
-    rest = list(train_stream(reader, order, rank=1, world_size=2, epochs=range(1), step=8))
-    assert [ids(table) for table in rest] == [ids(table) for table in whole[8:]]
+    every = list(train_stream(reader, order, rank=1, world_size=2, epochs=range(3, 5)))
+    rest = list(train_stream(reader, order, rank=1, world_size=2, epochs=range(3, 5), step=8))
+    assert [ids(table) for table in rest] == [ids(table) for table in every[8:]]
+
+
+def test_long_plans_run_as_several_executions(reader: ShardReader, monkeypatch: pytest.MonkeyPatch):
+    order = make_order(reader)
+    once = [ids(t) for t in train_stream(reader, order, rank=0, world_size=1, epochs=range(2))]
+    monkeypatch.setattr(pipeline, "READS_PER_EXECUTION", 3)
+    again = [ids(t) for t in train_stream(reader, order, rank=0, world_size=1, epochs=range(2))]
+    assert again == once
+
+
+def test_resampled_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
+    stored = reader.read(whole(reader))
+    every_id = stored.column("sample_id").to_numpy()
+    rng = np.random.default_rng(0)
+    sample_id = np.concatenate([rng.choice(every_id, 700), rng.choice(every_id[:40], 200)])
+    keep = rng.integers(1, 4, size=len(sample_id))
+    entries = locate(sample_index(reader), sample_id, keep)
+    order = Order(entries.group_rows, 64, 8, 6, seed=3)
+    alone, *parts = [
+        list(train_stream(reader, order, rank=r, world_size=w, epochs=range(2), entries=entries))
+        for r, w in ((0, 1), (0, 2), (1, 2))
+    ]
+    for both, first, second in zip(alone, *parts, strict=True):
+        assert pairs(both) == pairs(first) + pairs(second)
+
+    epochs = [
+        pa.concat_tables(alone[: order.num_steps]),
+        pa.concat_tables(alone[order.num_steps :]),
+    ]
+    assert pairs(epochs[0]) != pairs(epochs[1])
+    starts = np.cumsum([0, *reader.group_rows[:-1]])
+    rows = np.repeat(starts, entries.group_rows) + entries.row
+    for epoch, table in enumerate(epochs):
+        assert Counter(pairs(table)) == Counter(zip(sample_id.tolist(), keep.tolist(), strict=True))
+        plan = plan_rows(order, epoch)
+        assert table.drop_columns(["keep", "lane"]).equals(stored.take(pa.array(rows[plan])))
+        assert columns(table, reader.manifest)["keep"].tolist() == entries.keep[plan].tolist()
+
+
+def test_entries_do_not_depend_on_the_order_of_the_samples(reader: ShardReader):
+    index = sample_index(reader)
+    rng = np.random.default_rng(1)
+    sample_id = rng.choice(index.sample_id, 2000)
+    keep = rng.integers(1, 4, size=2000)
+    shuffle = rng.permutation(2000)
+    first = locate(index, sample_id, keep)
+    second = locate(index, sample_id[shuffle], keep[shuffle])
+    for name in ("offsets", "row", "keep"):
+        assert (getattr(first, name) == getattr(second, name)).all()
+    assert len(first.group_rows) == len(reader.group_rows)
+
+
+def test_unknown_samples_are_named(reader: ShardReader):
+    index = sample_index(reader)
+    sample_id = np.append(index.sample_id[:3], [10**6, -1])
+    with pytest.raises(DataError, match=r"2 of 5 resampled rows .* sample_id=1000000; resample"):
+        locate(index, sample_id, np.ones(5, dtype=np.int64))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -76,10 +165,84 @@ def test_evaluation_has_every_row_once_in_fixed_chunks(reader: ShardReader, worl
             reader, chunk_rows=64, rank=rank, world_size=world_size, task_rows=200
         )
     ]
-    assert [i for part in parts for i in ids(part)] == ids(reader.read(list(_whole(reader))))
+    assert [i for part in parts for i in ids(part)] == ids(reader.read(whole(reader)))
     chunks = [columns(part, reader.manifest)["lane"] for part in parts]
     assert [set(lane.tolist()) for lane in chunks] == [{i} for i in range(len(parts))]
     assert all(len(lane) == 64 for lane in chunks[:-1])
+
+
+def test_a_task_makes_one_block_whatever_its_size(
+    reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+):
+    order = Order(reader.group_rows, 64, 8, 1000, seed=3)
+    assert order.num_windows == 1
+    row_nbytes = reader.manifest.row_nbytes
+    target = order.num_rows * row_nbytes // 3
+    monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", target)
+    items = [(range(8), epoch, 0) for epoch in range(3)]
+    tables = run_reads(read_window, (reader, order, None), items, [order.num_rows] * 3, row_nbytes)
+    assert [table.num_rows for table in tables] == [order.num_rows] * 3
+    assert DataContext.get_current().target_max_block_size == target
+
+
+@ray.remote(num_cpus=1)
+class Worker:
+    """Holds the only CPU, as a training worker does."""
+
+    def ready(self) -> None: ...
+
+
+def test_evaluation_runs_while_training_is_paused_and_no_cpu_is_free(
+    reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+):
+    small = 20 * reader.manifest.row_nbytes
+    monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", small)
+    worker = Worker.remote()
+    ray.get(worker.ready.remote())
+    order = make_order(reader)
+    training = train_stream(reader, order, rank=0, world_size=1, epochs=range(5))
+    steps = [ids(next(training)) for _ in range(8)]
+    chunks = list(eval_stream(reader, chunk_rows=64, rank=0, world_size=1, task_rows=200))
+    assert sum(chunk.num_rows for chunk in chunks) == order.num_rows
+    steps += [ids(table) for table in training]
+    assert len(steps) == 5 * order.num_steps
+    ray.kill(worker)
+
+
+def test_a_paused_stream_does_not_read_on(reader: ShardReader, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+
+    def read(name: int) -> list[pa.Table]:
+        (folder / str(name)).touch()
+        return [pa.table({"name": np.full(1 << 17, name)})]
+
+    tables = run_reads(read, (), [(i,) for i in range(40)], [1 << 17] * 40, 8)
+    next(tables)
+    time.sleep(3)
+    assert len(list(folder.iterdir())) <= 1 + TABLES_AHEAD + CONCURRENT_READS
+    assert [table["name"][0].as_py() for table in tables] == list(range(1, 40))
+
+
+def test_tasks_of_a_large_set_are_small(reader: ShardReader):
+    shard = Shard(
+        path="train-00000.parquet", rows=2000, row_groups=(16,) * 125, num_bytes=1, sha256="0" * 64
+    )
+    shards = tuple(shard.model_copy(update={"path": f"train-{i:05d}.parquet"}) for i in range(300))
+    manifest = Manifest(
+        name="large",
+        source={},
+        modalities=(Modality(name="x", kind="vector", shape=(3,), dtype="float32"),),
+        classes=("a", "b"),
+        splits={"train": shards, "val": (), "test": ()},
+        class_counts={},
+    )
+    large = ShardReader("nowhere", manifest, "train")
+    order = Order(large.group_rows, 128, 8, 400, seed=0)
+    items = [(range(8), epoch, 1) for epoch in range(3)]
+    stored = [ray.put(read) for read in small_reads(read_window, (large, order, None), items)]
+    sizes = [where["object_size"] for where in get_local_object_locations(stored).values()]
+    assert len(sizes) == 3
+    assert max(sizes) < 4000
 
 
 def test_columns_are_views_with_the_right_values(reader: ShardReader):
@@ -94,16 +257,10 @@ def test_columns_are_views_with_the_right_values(reader: ShardReader):
 
 
 def test_cut_joins_and_splits(reader: ShardReader):
-    table = reader.read(list(_whole(reader)))
+    table = reader.read(whole(reader))
     pieces = [table.slice(0, 10), table.slice(10, 3), table.slice(13, 20)]
     assert [ids(t) for t in cut(pieces, iter([12, 2, 19]))] == [
         ids(table.slice(0, 12)),
         ids(table.slice(12, 2)),
         ids(table.slice(14, 19)),
     ]
-
-
-def _whole(reader: ShardReader):
-    from data.order import chunk_reads
-
-    return chunk_reads(reader.group_rows, 0, reader.manifest.rows(reader.split))

@@ -198,3 +198,52 @@ def test_corrupt_shard_is_found_before_anything_starts(trained: dict, tmp_path: 
     assert done.returncode == 1
     assert "corrupt" in done.stderr
     assert not (tmp_path / "bad").exists()
+
+
+def test_compare_prints_a_table_and_does_not_repeat_finished_runs(storage: Path):
+    command = ("compare", "digits", *SMALL, "--name", "c", "--methods", "joint", "ogm_ge")
+    first = midas(*command, "--seeds", "0", storage=storage)
+    assert first.returncode == 0, first.stderr
+    assert "ogm_ge" in first.stdout
+    assert "± " in first.stdout
+    began = time.monotonic()
+    again = last_json(midas(*command, "--seeds", "0", "--json", storage=storage))
+    assert time.monotonic() - began < 60
+    assert again["runs"] == 2
+    result = json.loads((storage / "c-joint-seed0" / "result.json").read_text())
+    assert again["joint/test/accuracy/mean"] == pytest.approx(result["test/accuracy"], abs=1e-5)
+
+
+def test_avdigits_on_real_speech_and_handwriting(storage: Path, shared_data: Path):
+    short = ("--optim.epochs", "2", "--midas.warmup-epochs", "1")
+    mlp = ("--model.encoders.image.kind", "mlp", "--model.encoders.audio.kind", "mlp")
+    result = last_json(
+        midas(
+            *("train", "avdigits", "--data.root", str(shared_data), *short, *mlp),
+            *("--data.noise.image", "0", "--name", "av", "--json"),
+            storage=storage,
+        )
+    )
+    assert result["test/accuracy"] > 0.6
+
+
+def test_rosmap_on_real_omics(storage: Path, shared_data: Path):
+    root = str(shared_data / "rosmap")
+    short = ("--optim.epochs", "30", "--midas.warmup-epochs", "10", "--model.head-hidden", "64")
+    result = last_json(
+        midas(
+            "train",
+            "rosmap",
+            "--data.root",
+            root,
+            *short,
+            "--name",
+            "ros",
+            "--json",
+            storage=storage,
+        )
+    )
+    assert {
+        f"test/zero_out_accuracy/{m}" for m in ("mrna", "methylation", "mirna")
+    } <= result.keys()
+    assert result["test/auroc"] > 0.5
