@@ -63,8 +63,9 @@ def fit(
         began = time.monotonic()
         method.set_phase(epoch)
         if trainable != (now := [p.requires_grad for p in method.parameters()]):
-            wrapped = method
-            gc.collect()  # DDP is in a reference cycle; its reducer must let go of the gradients
+            if wrapped is not method:
+                wrapped = method
+                gc.collect()  # DDP is in a reference cycle; its reducer must let go of gradients
             wrapped, trainable = hooks.wrap(method), now
         start = Progress(seed, epoch, 0, num_epochs)
         resampling = method.before_epoch(hooks.data, start)

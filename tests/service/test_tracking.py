@@ -307,7 +307,7 @@ def test_pages_are_served_and_metrics_reach_a_late_server(run: tuple[str, str]) 
         assert wait_until_up(url, process) == 200
         log.log({"late": 1.0}, step=1, seconds=1.7e9)
         assert log.close() == 0
-        assert finish_run(url, run_id, "FINISHED", {}, {}, {})
+        assert finish_run(url, run_id, "FINISHED", {}, dict, {})
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=20)
