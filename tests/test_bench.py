@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parent / "bench"
+
+pytestmark = pytest.mark.ray  # another process, not Ray; the fast part stays fast
 
 
 def test_method_step_prints_one_json_line():
