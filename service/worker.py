@@ -97,6 +97,7 @@ class WorkerRows:
     def train(self, epoch: int, resampling: Resampling | None) -> Iterator[Batch]:
         """This rank's part of every global batch of `epoch`; epochs must be asked for in turn."""
         if resampling is not None:
+            self._stream = None  # it would deliver this epoch's rows in the next one
             return self._resampled(epoch, resampling)
         if self._stream is None:
             # One execution for all epochs: reading ahead does not stop at the end of an epoch.

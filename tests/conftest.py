@@ -1,6 +1,7 @@
 """One thread, Ray's environment as the command sets it, and where the shared real data may be."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_cpu_ray() -> Iterator[None]:
+    """A small local Ray in this process: one logical CPU, 256 MiB of object store."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=256 << 20,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -35,18 +34,10 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardReader]:
+def reader(tmp_path_factory: pytest.TempPathFactory, one_cpu_ray: None) -> ShardReader:
     folder = tmp_path_factory.mktemp("digits")
     report = prepare(DataConfig(name="digits", rows_per_shard=500), folder)
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        object_store_memory=256 << 20,
-        log_to_driver=False,
-    )
-    yield ShardReader(str(folder), report.manifest, "train")
-    ray.shutdown()
+    return ShardReader(str(folder), report.manifest, "train")
 
 
 def ids(table: pa.Table) -> list[int]:

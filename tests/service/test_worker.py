@@ -4,31 +4,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
 from data.prepare import prepare
 from data.schema import Manifest
 from service.config import load_preset
 from service.worker import WorkerRows, make_order
+from training.batch import Batch
 from training.methods.base import Resampling
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Manifest, Path]]:
+def prepared(tmp_path_factory: pytest.TempPathFactory, one_cpu_ray: None) -> tuple[Manifest, Path]:
     folder = tmp_path_factory.mktemp("digits")
     report = prepare(load_preset("digits").data, folder)
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        object_store_memory=256 << 20,
-        log_to_driver=False,
-    )
-    yield report.manifest, folder
-    ray.shutdown()
+    return report.manifest, folder
 
 
 def rows_of(prepared: tuple[Manifest, Path]) -> WorkerRows:
@@ -62,6 +54,18 @@ def test_a_resampled_epoch_has_the_asked_rows_and_masks(prepared: tuple[Manifest
     assert sorted(got.tolist()) == sorted(sample_id.tolist())
     assert sorted(got[~masks[:, 1]].tolist()) == sorted(twice.tolist())
     assert masks[:, 0].all()
+
+
+def test_a_plain_epoch_after_a_resampled_one_has_its_own_order(prepared: tuple[Manifest, Path]):
+    def ids(batches: Iterator[Batch]) -> list[int]:
+        return torch.cat([batch.sample_id for batch in batches]).tolist()
+
+    straight, rows = rows_of(prepared), rows_of(prepared)
+    expected = ids(straight.train(2, None))
+    everyone = torch.tensor(ids(rows.train(0, None)))
+    keep = torch.ones(len(everyone), 2, dtype=torch.bool)
+    assert sorted(ids(rows.train(1, Resampling(everyone, keep)))) == sorted(expected)
+    assert ids(rows.train(2, None)) == expected
 
 
 def test_validation_is_the_same_from_the_cache(prepared: tuple[Manifest, Path]):
