@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from training.batchnorm import synchronise
 from training.model import MultimodalModel
 
 ModalityKind = Literal["image", "audio", "vector"]
@@ -45,6 +46,10 @@ class ModelConfig(BaseModel):
 
     encoders: dict[str, EncoderConfig] = {}
     """Encoder per modality; a modality that is not named gets the defaults."""
+
+    batchnorm: Literal["sync", "local"] = "sync"
+    """Statistics of BatchNorm: of the global batch, or of each worker's part of it; local saves two
+    small exchanges a layer and step, and makes the result depend on the number of workers."""
 
     head_hidden: NonNegativeInt = 0
     """Units of the hidden ReLU layer of every head; 0 makes heads linear."""
@@ -125,7 +130,10 @@ def build_model(
             name: build_encoder(config.encoders.get(name, EncoderConfig()), kind, shape)
             for name, kind, shape in modalities
         }
-        return MultimodalModel(encoders, num_classes, config.head_hidden)
+        model = MultimodalModel(encoders, num_classes, config.head_hidden)
+    if config.batchnorm == "sync":
+        synchronise(model)
+    return model
 
 
 def _check_known(name: str, names: list[str]) -> None:

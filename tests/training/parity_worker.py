@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.training.toys import START, random_batch, tiny_method, vector_batch, vector_midas
 from training.batch import Batch
-from training.distributed import gather_rows, rank, row_counts, world_size
+from training.batchnorm import SyncBatchNorm
+from training.distributed import gather_rows, rank, reduce_sums, row_counts, world_size
 from training.loop import Hooks, fit
 from training.methods.base import EpochData, Method
 
@@ -36,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "alpha_flip": "carry",
         "num_modalities": 3,
     },
+    "midas_batchnorm": {"name": "midas", "batchnorm": True},
 }
 
 
@@ -126,6 +128,21 @@ def vector_c(labels: tuple[int, ...]) -> dict[str, Tensor]:
     return method.train_step(wrap(method), batch, optimizer, START)
 
 
+def batchnorm(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of SyncBatchNorm on this rank's images."""
+    generator = torch.Generator().manual_seed(3)
+    everything = torch.randn(2, ROWS_A + ROWS_B, 4, 3, 3, generator=generator, dtype=dtype) * 3 + 1
+    own = slice(None) if world_size() == 1 else (slice(0, ROWS_A), slice(ROWS_A, None))[rank()]
+    layer = SyncBatchNorm(4).to(dtype)
+    layer.weight.data = torch.linspace(0.5, 2, 4, dtype=dtype)
+    images = everything[0, own].to(memory_format=torch.channels_last).requires_grad_()
+    output = layer(images)
+    (output * everything[1, own]).sum().backward()
+    grads = reduce_sums({"weight": layer.weight.grad, "bias": layer.bias.grad})
+    buffers = {name: value.clone() for name, value in layer.named_buffers()}
+    return {"output": output.detach(), "input": images.grad, **grads, **buffers}
+
+
 def collectives(**config) -> list[str]:
     """Names of the collectives of one main-phase step, without those of DDP."""
     called = []
@@ -153,6 +170,7 @@ def run_cases() -> dict[str, Any]:
     results: dict[str, Any] = {name: train(**case) for name, case in CASES.items()}
     results["vector_c"] = {labels: vector_c(labels) for labels in ((0, 1, 2, 1), (0, 0, 2, 1))}
     results["collectives"] = {n: collectives(pair_groups=n) for n in (1, 2)}
+    results["batchnorm"] = {dtype: batchnorm(dtype) for dtype in (torch.float32, torch.float64)}
     return results | {"gather": gather_gradient()}
 
 

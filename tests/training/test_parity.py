@@ -79,6 +79,16 @@ def test_gathered_rows_pass_gradients_back(one, two):
         torch.testing.assert_close(ranks["gather"]["grad"], alone["grad"][own], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_batchnorm_sees_the_global_batch(dtype, atol, one, two):
+    """Ranks with 2 and 3 images against torch's BatchNorm on all five, forward and backward."""
+    alone = one["batchnorm"][dtype]
+    for ranks, own in zip(two, (slice(0, ROWS_A), slice(ROWS_A, None)), strict=True):
+        for name, value in ranks["batchnorm"][dtype].items():
+            want = alone[name][own] if name in ("output", "input") else alone[name]
+            torch.testing.assert_close(value, want, atol=atol, rtol=0)
+
+
 def test_few_collectives_in_a_step(one, two):
     """Counts, labels, features and their gradient, sums; or valid pairs and sums."""
     assert one["collectives"] == {1: [], 2: []}

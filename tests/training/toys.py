@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from training.batch import Batch, Progress
+from training.batchnorm import SyncBatchNorm
 from training.methods import Midas, MidasConfig, OgmGeConfig, build_method
 from training.methods.base import Method
 from training.model import MultimodalModel
@@ -23,24 +24,36 @@ class TinyEncoder(nn.Sequential):
 
     out_features = 4
 
-    def __init__(self):
-        super().__init__(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, self.out_features))
+    def __init__(self, *normalisation: nn.Module):
+        first, last = nn.Linear(WIDTH, 6), nn.Linear(6, self.out_features)
+        super().__init__(first, *normalisation, nn.Tanh(), last)
 
 
-def tiny_model(num_modalities: int, head_hidden: int = 0) -> MultimodalModel:
+def tiny_model(
+    num_modalities: int, head_hidden: int = 0, batchnorm: bool = False
+) -> MultimodalModel:
     """The same weights at every call; the caller's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        encoders: dict[str, nn.Module] = {f"m{i}": TinyEncoder() for i in range(num_modalities)}
+        encoders: dict[str, nn.Module] = {
+            f"m{i}": TinyEncoder(*[SyncBatchNorm(6)] * batchnorm) for i in range(num_modalities)
+        }
         return MultimodalModel(encoders, NUM_CLASSES, head_hidden)
 
 
-def tiny_method(name: str, num_modalities: int = 2, warmup_epochs: int = 0, **midas) -> Method:
+def tiny_method(
+    name: str,
+    num_modalities: int = 2,
+    warmup_epochs: int = 0,
+    batchnorm: bool = False,
+    **midas,
+) -> Method:
     sections = {
         "midas": MidasConfig(warmup_epochs=warmup_epochs, **midas),
         "ogm_ge": OgmGeConfig(strength=0.5),
     }
-    return build_method(name, tiny_model(num_modalities), sections)
+    model = tiny_model(num_modalities, batchnorm=batchnorm)
+    return build_method(name, model, sections)
 
 
 def make_batch(inputs: dict[str, Tensor], label, lane=None, num_lanes: int = 1) -> Batch:

@@ -1,0 +1,123 @@
+"""Batch normalisation over the global batch, so that the number of workers changes nothing.
+
+Torch's own SyncBatchNorm refuses CPU tensors, and DDP refuses it on CPUs. Shapes: B rows of this
+rank, C channels, N elements per channel over all ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from training.distributed import gather_rows, reduce_sums, world_size
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm by the statistics of all ranks' rows, on any device; alone it is torch's BatchNorm.
+
+    Ranks may have different numbers of rows, also none. Costs one exchange of 2C + 1 numbers in
+    the forward pass and one of 2C in the backward pass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) to the same shape, normalised by the statistics of all ranks' rows."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        mean_C, var_C, count = _global_statistics(input)
+        if self.track_running_stats:
+            self._track(mean_C, var_C * (count / (count - 1).clamp_min(1)))
+        weight = torch.ones_like(mean_C) if self.weight is None else self.weight
+        bias = torch.zeros_like(mean_C) if self.bias is None else self.bias
+        return _Normalise.apply(input, weight, bias, mean_C, var_C, count, self.eps)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any input with channels is taken."""
+
+    def _track(self, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased_var_C.to(self.running_var.dtype), factor)
+
+
+def synchronise(module: nn.Module) -> None:
+    """Replace every BatchNorm inside `module` by a SyncBatchNorm with the same state."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            settings = (child.num_features, child.eps, child.momentum, child.affine)
+            layer = SyncBatchNorm(*settings, child.track_running_stats)
+            layer.load_state_dict(child.state_dict())
+            setattr(module, name, layer)
+        else:
+            synchronise(child)
+
+
+def _global_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,) and biased variance (C,) over all ranks' elements, and N, (), all float64."""
+    rows = input.detach()
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    own = rows.new_zeros(2 * rows.shape[1] + 1, dtype=torch.float64)
+    if rows.numel():
+        var_C, mean_C = torch.var_mean(rows, dim=_all_but_channels(rows), correction=0)
+        own = torch.cat([mean_C, var_C, mean_C.new_tensor([rows.numel() // rows.shape[1]])])
+    table = gather_rows(own[None].double(), [1] * world_size())
+    mean_WC, var_WC, count_W1 = table.tensor_split([rows.shape[1], 2 * rows.shape[1]], dim=1)
+    count = count_W1.sum()
+    mean_C = (mean_WC * count_W1).sum(dim=0) / count
+    var_C = ((var_WC + (mean_WC - mean_C).square()) * count_W1).sum(dim=0) / count
+    return mean_C, var_C, count
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise by given statistics; the backward pass knows that they come from all ranks' rows.
+
+    With xhat = (x - mean) * invstd, the gradient of x is
+    weight * invstd * (dy - sum(dy) / N - xhat * sum(dy * xhat) / N), sums over all ranks. The first
+    term, and this rank's sums, are what torch's kernel computes for fixed statistics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean_C: Tensor,
+        var_C: Tensor,
+        count: Tensor,
+        eps: float,
+    ) -> Tensor:
+        fixed = [value.to(_wide(input)) for value in (mean_C, var_C, weight, bias)]
+        ctx.save_for_backward(input, *fixed[:3])
+        ctx.count, ctx.eps = count, eps
+        return functional.batch_norm(input, *fixed, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        input, mean_C, var_C, weight_C = ctx.saved_tensors
+        grad, (grad_weight_C, grad_bias_C) = grads[0], mean_C.new_zeros(2, len(mean_C))
+        if input.numel():  # torch's kernel divides by the number of rows
+            grad, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
+                *(grads[0], input, weight_C, mean_C, var_C, None, None, False, ctx.eps, [True] * 3)
+            )
+        sums = reduce_sums({"dot": grad_weight_C, "plain": grad_bias_C})
+        invstd_C = (var_C.double() + ctx.eps).rsqrt()
+        scale_C = weight_C * invstd_C / ctx.count
+        slope_C = -scale_C * sums["dot"] * invstd_C
+        shift_C = -scale_C * sums["plain"] - slope_C * mean_C
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        grad = grad.addcmul_(input, slope_C.to(grad.dtype).reshape(shape))
+        grad = grad.add_(shift_C.to(grad.dtype).reshape(shape))
+        return grad, grad_weight_C, grad_bias_C, None, None, None, None
+
+
+def _all_but_channels(rows: Tensor) -> list[int]:
+    return [dim for dim in range(rows.dim()) if dim != 1]
+
+
+def _wide(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
