@@ -36,7 +36,8 @@ class SyncBatchNorm(_BatchNorm):
         """Any input with channels is taken."""
 
     def _track(self, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
