@@ -1,5 +1,6 @@
 """Raw samples -> Parquet shards and a manifest. Resumable, atomic and byte-identical when repeated.
 
+How one shard is written is in `data/shards.py`; here is which samples go where, and what is kept.
 While a set is being made, `.progress/` in its folder holds the plan and one small JSON file per
 finished shard; it is removed after the manifest, which is written last, is in place.
 """
@@ -14,26 +15,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from data.schema import (
     MANIFEST_NAME,
     DataError,
     Manifest,
-    Modality,
     Shard,
     Split,
     file_sha256,
     load_manifest,
     verify_shards,
 )
-from data.sources import DataConfig, Item, RejectedSample, Source, build_source, check_settings
+from data.shards import ShardOutcome, shard_nbytes, write_shard
+from data.sources import DataConfig, Item, Source, build_source, check_settings
 from data.sources.base import Purpose, stream
 
 logger = logging.getLogger(__name__)
@@ -42,13 +39,7 @@ REJECTED_NAME = "rejected.jsonl"
 PROGRESS_NAME = ".progress"
 PLAN_NAME = "plan"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-# Parquet's own bytes: per row sample_id, label, key and their headers, and some for the footer.
-ROW_OVERHEAD_BYTES = 128
-SHARD_OVERHEAD_BYTES = 64 * 1024
 NUM_HASH_DIGITS = 10
-
-Row = tuple[int, int, str, dict[str, bytes]]
-"""sample_id, label, key and the bytes of every modality."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +72,6 @@ class _Part:
     split: Split
     path: str
     items: list[Item]
-
-
-class _Finished(BaseModel):
-    """What became of a part; `shard` is None if all its samples were rejected."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shard: Shard | None
-    class_counts: tuple[int, ...]
-    rejected: tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -250,12 +231,12 @@ def _make(
     _open_progress(folder, _plan_digest(config, draft, items))
     finished = {part.path: done for part in parts if (done := _finished(folder, part))}
     pending = [part for part in parts if part.path not in finished]
-    check_disk(_needed_bytes(draft, pending), folder)
+    check_disk(sum(shard_nbytes(len(part.items), draft.row_nbytes) for part in pending), folder)
     counter = _Counter(len(items), progress)
     counter.add(len(items) - sum(len(part.items) for part in pending))
     group_rows = config.group_rows(sum(item.split == "train" for item in items))
     for part in pending:
-        finished[part.path] = _write_shard(source, draft, part, folder, group_rows, counter)
+        finished[part.path] = _write_part(source, draft, part, folder, group_rows, counter)
     return _finish(draft, parts, finished, folder)
 
 
@@ -327,21 +308,33 @@ def _sidecar(folder: Path, part: _Part) -> Path:
     return folder / PROGRESS_NAME / f"{part.path}.json"
 
 
-def _finished(folder: Path, part: _Part) -> _Finished | None:
+def _finished(folder: Path, part: _Part) -> ShardOutcome | None:
     """What an earlier call made of this part, if its shard is whole."""
     sidecar = _sidecar(folder, part)
     if not sidecar.is_file():
         return None
-    done = _Finished.model_validate_json(sidecar.read_text())
+    done = ShardOutcome.model_validate_json(sidecar.read_text())
     path = folder / part.path
     if done.shard and not (path.is_file() and file_sha256(path) == done.shard.sha256):
         return None
     return done
 
 
-def _needed_bytes(draft: Manifest, parts: list[_Part]) -> int:
-    row = draft.row_nbytes + ROW_OVERHEAD_BYTES
-    return sum(len(part.items) * row + SHARD_OVERHEAD_BYTES for part in parts)
+def _write_part(
+    source: Source, draft: Manifest, part: _Part, folder: Path, group_rows: int, counter: _Counter
+) -> ShardOutcome:
+    """Write the shard of a part, then the note that it is finished."""
+    done = write_shard(
+        source,
+        part.items,
+        folder / part.path,
+        folder / PROGRESS_NAME / f"{part.path}.tmp",
+        schema=draft.arrow_schema(),
+        group_rows=group_rows,
+        count=counter.add,
+    )
+    _write_atomically(_sidecar(folder, part), done.model_dump_json())
+    return done
 
 
 def check_disk(needed_bytes: int, folder: Path) -> None:
@@ -358,91 +351,8 @@ def check_disk(needed_bytes: int, folder: Path) -> None:
         )
 
 
-def _write_shard(
-    source: Source,
-    draft: Manifest,
-    part: _Part,
-    folder: Path,
-    group_rows: int,
-    counter: _Counter,
-) -> _Finished:
-    """Load, check and write one part; its file appears under its name only when it is whole."""
-    schema = draft.arrow_schema()
-    temporary = folder / PROGRESS_NAME / f"{part.path}.tmp"
-    rejected: list[tuple[str, str]] = []
-    row_groups: list[int] = []
-    counts = np.zeros(len(source.classes), dtype=np.int64)
-    rows = _rows(source, part.items, rejected, counter)
-    with pq.ParquetWriter(
-        temporary, schema, compression="none", use_dictionary=False, write_statistics=False
-    ) as writer:
-        while group := list(islice(rows, group_rows)):
-            writer.write_table(_table(group, schema))
-            row_groups.append(len(group))
-            counts += np.bincount([row[1] for row in group], minlength=len(counts))
-    shard = None
-    if row_groups:
-        shard = Shard(
-            path=part.path,
-            rows=sum(row_groups),
-            row_groups=tuple(row_groups),
-            num_bytes=temporary.stat().st_size,
-            sha256=file_sha256(temporary),
-        )
-        os.replace(temporary, folder / part.path)
-    done = _Finished(shard=shard, class_counts=tuple(counts.tolist()), rejected=tuple(rejected))
-    _write_atomically(_sidecar(folder, part), done.model_dump_json())
-    return done
-
-
-def _rows(
-    source: Source, items: list[Item], rejected: list[tuple[str, str]], counter: _Counter
-) -> Iterator[Row]:
-    """Sound rows; the others are added to `rejected`."""
-    labels = {name: label for label, name in enumerate(source.classes)}
-    for item in items:
-        try:
-            if item.label not in labels:
-                known = ", ".join(source.classes)
-                raise RejectedSample(f"label {item.label!r} is none of {known}")
-            tensors = _tensor_bytes(source.load(item), source.modalities)
-            yield item.sample_id, labels[item.label], item.key, tensors
-        except RejectedSample as error:
-            rejected.append((item.key, str(error)))
-        counter.add(1)
-
-
-def _tensor_bytes(
-    arrays: dict[str, np.ndarray], modalities: tuple[Modality, ...]
-) -> dict[str, bytes]:
-    """Check the tensors of one sample against the modalities and lay them out for the shard."""
-    if set(arrays) != {modality.name for modality in modalities}:
-        raise RejectedSample(f"modalities {sorted(arrays)} differ from the declared ones")
-    tensors: dict[str, bytes] = {}
-    for modality in modalities:
-        array = arrays[modality.name]
-        if array.shape != modality.shape or array.dtype != np.dtype(modality.dtype):
-            raise RejectedSample(
-                f"{modality.name} is {array.dtype} {array.shape}, "
-                f"{modality.dtype} {modality.shape} expected"
-            )
-        if not np.isfinite(array).all():
-            bad = int((~np.isfinite(array)).sum())
-            raise RejectedSample(f"{modality.name} has {bad} values that are not finite")
-        tensors[modality.name] = array.astype(array.dtype.newbyteorder("<")).tobytes()
-    return tensors
-
-
-def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
-    sample_ids, labels, keys, tensors = zip(*rows, strict=True)
-    columns = [sample_ids, labels, keys]
-    columns += [[tensor[name] for tensor in tensors] for name in schema.names[len(columns) :]]
-    arrays = [pa.array(column, type_) for column, type_ in zip(columns, schema.types, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
 def _finish(
-    draft: Manifest, parts: list[_Part], finished: dict[str, _Finished], folder: Path
+    draft: Manifest, parts: list[_Part], finished: dict[str, ShardOutcome], folder: Path
 ) -> tuple[Manifest, list[tuple[str, str]]]:
     """Write `rejected.jsonl`, then the manifest, then remove `.progress/`."""
     splits: dict[Split, tuple[Shard, ...]] = {}

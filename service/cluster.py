@@ -5,13 +5,20 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from service.config import RunConfig, ScalingConfig
 from service.environment import configure_ray, environment, worker_environment
+from service.files import PROGRESS_NAME, STOP_NAME, TRAINING_PHASES, read_json
 
+START_ATTEMPTS = 3
+RESIZE_SECONDS = 10.0
+RESOURCE_POLL_SECONDS = 2.0
+# What an interrupted driver gives the workers for a checkpoint; a second signal ends the wait.
+STOP_SECONDS = 20.0
 CONNECTION_WORDS = ("connection", "peer", "socket", "timed out", "timeout", "barrier")
 
 
@@ -37,32 +44,46 @@ def ray_session(config: RunConfig, *, debug: bool) -> Iterator[None]:
         _check_cluster_capacity(config.scaling, ray.cluster_resources())
         yield
         return
-    address = environment()["RAY_ADDRESS"]
-    cores = config.scaling.num_workers * config.scaling.cpus_per_worker
-    cluster: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": max(cores, _num_cores()),
-        "include_dashboard": False,
-        "object_store_memory": _object_store_bytes(),
-    }
-    if address:
-        cluster = {"address": address}
-    level = logging.INFO if debug else logging.ERROR
     try:
-        ray.init(**cluster, log_to_driver=debug, logging_level=level)  # pyright: ignore[reportArgumentType]
+        _start_ray(environment()["RAY_ADDRESS"], debug=debug)
         with _interrupts():  # ray.init replaces handlers that were there before
             _check_cluster_capacity(config.scaling, ray.cluster_resources())
             yield
-    except (RuntimeError, ConnectionError, TimeoutError, OSError) as error:
-        if ray.is_initialized():
-            raise
-        where = f"join the cluster at RAY_ADDRESS={address}" if address else "start a local cluster"
-        raise RunError(
-            f"Ray could not {where}: {(str(error) or repr(error)).splitlines()[0]}; a busy machine "
-            "can make the start time out, so try again, and with --debug to see Ray's own log"
-        ) from error
     finally:
         ray.shutdown()
+
+
+def _start_ray(address: str | None, *, debug: bool) -> None:
+    """Join the cluster at `address`, or start one of this machine; check_local_capacity was before."""
+    import ray
+
+    cluster: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": _num_cores(),
+        "include_dashboard": False,
+        "object_store_memory": _object_store_bytes(),
+    }
+    what = "start on this machine"
+    remedy = (
+        "its folder (RAY_TMPDIR, else /tmp) must be writable and have a short path; a busy machine "
+        "can make the start time out, so try again"
+    )
+    if address:
+        cluster = {"address": address}
+        what = f"join the cluster at RAY_ADDRESS={address}"
+        remedy = (
+            "the head of a running cluster must answer there; start it with `ray start --head`, "
+            "correct RAY_ADDRESS, or unset it to train on this machine; if the cluster asks for a "
+            "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        )
+    level = logging.INFO if debug else logging.ERROR
+    try:
+        ray.init(**cluster, log_to_driver=debug, logging_level=level)  # pyright: ignore[reportArgumentType]
+    except Exception as error:  # Ray raises all kinds here, ValueError and bare Exception too
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise RunError(
+            f"Ray could not {what}: {reason}; {remedy}; --debug shows the trace and Ray's own log"
+        ) from error
 
 
 def run_workers(
@@ -82,39 +103,37 @@ def run_workers(
     """
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from service import worker
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
     use_gpu = _use_gpu(scaling, ray.cluster_resources())
     remote = environment()["RAY_ADDRESS"] is not None
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     trainer = TorchTrainer(
         getattr(worker, loop),
         train_loop_config=payload,
-        torch_config=TorchConfig(timeout_s=300),
+        torch_config=worker.TerminableTorchConfig(timeout_s=300),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=scaling.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=ray.train.FailureConfig(
-                max_failures=scaling.max_failures, controller_failure_limit=3
-            ),
-            # The latest checkpoint is kept beside the best one.
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1,
-                checkpoint_score_attribute=worker.SELECTION,
-                checkpoint_score_order="max",
+                max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),
             worker_runtime_env={"env_vars": worker_environment()} if remote else None,
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
-        returned = _fit_in_thread(trainer)
+        returned = _fit_in_thread(trainer, folder, scaling)
     except ray.train.TrainingFailedError as error:
         raise RunError(
             f"training failed on a worker: {_root_cause(error)}; the same command with --name "
@@ -123,6 +142,8 @@ def run_workers(
     assert isinstance(returned, dict)
     if "error" in returned:
         raise RunError(returned["error"])
+    if "stopped" in returned:
+        raise KeyboardInterrupt(returned["stopped"])
     return returned
 
 
@@ -134,7 +155,7 @@ def check_local_capacity(scaling: ScalingConfig) -> None:
     """
     if environment()["RAY_ADDRESS"]:
         return
-    cores, wanted = _num_cores(), scaling.num_workers * scaling.cpus_per_worker
+    cores, wanted = _num_cores(), scaling.min_workers * scaling.cpus_per_worker
     if wanted > cores:
         raise RunError(
             f"scaling.num_workers={scaling.num_workers} with scaling.cpus_per_worker="
@@ -144,21 +165,28 @@ def check_local_capacity(scaling: ScalingConfig) -> None:
 
 
 def _check_cluster_capacity(scaling: ScalingConfig, have: Mapping[str, float]) -> None:
-    wanted = scaling.num_workers * scaling.cpus_per_worker
-    if have.get("CPU", 0) < wanted:
-        raise RunError(
-            f"the Ray cluster has {have.get('CPU', 0):g} CPUs; {scaling.num_workers} workers with "
-            f"{scaling.cpus_per_worker} each need {wanted}; use fewer workers or add nodes"
+    if missing := _missing(scaling, have):
+        raise RunError(f"{missing}; use fewer workers, add nodes, or take scaling.device=cpu")
+
+
+def _missing(scaling: ScalingConfig, have: Mapping[str, float]) -> str | None:
+    """What a cluster lacks for the fewest workers of a run; None if it has enough."""
+    workers, cpus = scaling.min_workers, scaling.min_workers * scaling.cpus_per_worker
+    if have.get("CPU", 0) < cpus:
+        return (
+            f"the Ray cluster has {have.get('CPU', 0):g} CPUs; {workers} workers with "
+            f"{scaling.cpus_per_worker} each need {cpus}"
         )
-    if scaling.device == "gpu" and have.get("GPU", 0) < scaling.num_workers:
-        raise RunError(
-            f"scaling.device=gpu needs one GPU a worker, {scaling.num_workers}; the Ray cluster "
-            f"has {have.get('GPU', 0):g}; use fewer workers or scaling.device=cpu"
+    if scaling.device == "gpu" and have.get("GPU", 0) < workers:
+        return (
+            f"scaling.device=gpu needs one GPU a worker, {workers}; the Ray cluster has "
+            f"{have.get('GPU', 0):g}"
         )
+    return None
 
 
 def _use_gpu(scaling: ScalingConfig, have: Mapping[str, float]) -> bool:
-    enough = have.get("GPU", 0) >= scaling.num_workers
+    enough = have.get("GPU", 0) >= scaling.min_workers
     return scaling.device == "gpu" or (scaling.device == "auto" and enough)
 
 
@@ -176,7 +204,7 @@ def _object_store_bytes() -> int:
     return max(256 << 20, min(4 << 30, stats.f_bavail * stats.f_frsize // 4))
 
 
-def _fit_in_thread(trainer: Any) -> object:
+def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object:
     """Run `fit` beside the main thread, where Ray would install a SIGINT handler that exits 0."""
     outcome: dict[str, Any] = {}
 
@@ -188,11 +216,48 @@ def _fit_in_thread(trainer: Any) -> object:
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.2)  # a wait without timeout would not be interrupted by signals
+    try:
+        _wait(thread, scaling)
+    except KeyboardInterrupt:
+        _ask_to_stop(thread, folder)
+        if "value" not in outcome:
+            raise
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
+
+
+def _wait(thread: threading.Thread, scaling: ScalingConfig) -> None:
+    """Wait for the run to end, as long as the cluster could hold it.
+
+    Raises:
+        RunError: resources have been missing for `scaling.start_timeout_seconds`. Ray itself would
+            wait for them without limit.
+    """
+    import ray
+
+    missing_since, checked = None, time.monotonic()
+    while thread.is_alive():
+        thread.join(timeout=0.2)  # a wait without timeout would not be interrupted by signals
+        if time.monotonic() - checked < RESOURCE_POLL_SECONDS:
+            continue
+        checked = time.monotonic()
+        missing = _missing(scaling, ray.cluster_resources())
+        missing_since = (missing_since or checked) if missing else None
+        if missing_since and checked - missing_since > scaling.start_timeout_seconds:
+            raise RunError(
+                f"{missing}, for {scaling.start_timeout_seconds:g} s now: a node was lost and not "
+                "replaced; add nodes, or set scaling.num_workers to two numbers to go on with "
+                "fewer workers; then the same command continues at the last checkpoint"
+            )
+
+
+def _ask_to_stop(thread: threading.Thread, folder: Path) -> None:
+    """Let workers that are training save and end; others have nothing that is not saved."""
+    progress = read_json(folder / PROGRESS_NAME) or {}
+    if progress.get("phase") in TRAINING_PHASES:
+        (folder / STOP_NAME).touch()
+        thread.join(timeout=STOP_SECONDS)
 
 
 @contextlib.contextmanager

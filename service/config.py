@@ -6,10 +6,10 @@ each other, and errors are turned into sentences.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.sources import DataConfig
 from training.encoders import ModelConfig
@@ -38,7 +38,23 @@ class TrainConfig(BaseModel):
     shuffle_window_mib: int = Field(default=256, ge=1)
     """Memory of one shuffle window over all workers, in MiB."""
     eval_every_epochs: int = Field(default=1, ge=1)
-    """Epochs between validations; a checkpoint is written after each."""
+    """Epochs between validations; a checkpoint is written before each."""
+
+
+class CheckpointConfig(BaseModel):
+    """When training is saved, beside the end of every epoch that is validated, and where."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints in mid-epoch; None goes by time alone."""
+    every_seconds: float = Field(default=300.0, gt=0)
+    """Seconds between checkpoints in mid-epoch."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints to keep; the best one stays as well."""
+    storage: str | None = None
+    """Folder or URI (s3://, gs://, ... as pyarrow or fsspec know it) that gets a folder per run;
+    None keeps checkpoints in the run's folder."""
 
 
 class ScalingConfig(BaseModel):
@@ -46,14 +62,36 @@ class ScalingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    num_workers: int = Field(default=2, ge=1)
-    """Data-parallel workers, one process each."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[int, int] = 2
+    """Data-parallel workers, one process each; two numbers make the run elastic: it starts with as
+    many as the cluster has, and goes on with fewer, or more, within these limits."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes one GPU a worker where the cluster has enough of them."""
     cpus_per_worker: int = Field(default=1, ge=1)
     """CPU cores, and threads, of one worker."""
     max_failures: int = Field(default=2, ge=0)
     """Worker crashes after which the run is given up; each continues at the last checkpoint."""
+    start_timeout_seconds: float = Field(default=60.0, gt=0)
+    """Wait for the workers' resources, after a lost node too; three waits in vain end the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScalingConfig":
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"num_workers={self.num_workers} must be two numbers from 1 up, the smaller first; "
+                "one number fixes the workers"
+            )
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class RunConfig(BaseModel):
@@ -69,6 +107,7 @@ class RunConfig(BaseModel):
     ogm_ge: OgmGeConfig = OgmGeConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     scaling: ScalingConfig = ScalingConfig()
     experiment: str = "midas"
     """MLflow experiment."""
@@ -103,28 +142,22 @@ def check(config: RunConfig) -> None:
         ConfigError: batch, lanes, workers, pair groups or phases do not fit together.
     """
     workers, batch, lanes = (
-        config.scaling.num_workers,
+        config.scaling.max_workers,
         config.train.global_batch_size,
         config.train.lanes,
     )
-    if batch % workers:
-        low = max(batch // workers, 1) * workers
+    if workers > lanes or batch % lanes:
+        fits = [n for n in range(workers, batch + 1) if batch % n == 0]
         raise ConfigError(
-            f"train.global_batch_size={batch} is not divisible by scaling.num_workers={workers}; "
-            f"every worker gets the same share of a batch; use {low} or {low + workers}, or change "
-            "scaling.num_workers"
-        )
-    if lanes % workers or batch % lanes:
-        fits = [n for n in range(workers, batch + 1, workers) if batch % n == 0]
-        raise ConfigError(
-            f"train.lanes={lanes} must be a multiple of scaling.num_workers={workers} and "
-            f"divide train.global_batch_size={batch}; use one of {fits[:8]}"
+            f"train.lanes={lanes} must be at least scaling.num_workers={workers} and divide "
+            f"train.global_batch_size={batch}: every worker owns lanes, and every lane gives the "
+            f"same number of rows to a batch; use one of {fits[:8]}, or another batch size"
         )
     groups = config.midas.pair_groups
-    if config.method == "midas" and (lanes % groups or (groups != 1 and groups % workers)):
+    if config.method == "midas" and lanes % groups:
         raise ConfigError(
-            f"midas.pair_groups={groups} must divide train.lanes={lanes} and be 1 or a multiple "
-            f"of scaling.num_workers={workers}; 1 pairs over the whole global batch"
+            f"midas.pair_groups={groups} must divide train.lanes={lanes}; 1 pairs over the whole "
+            "global batch"
         )
     if config.warmup_epochs >= config.optim.epochs:
         raise ConfigError(

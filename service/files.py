@@ -10,6 +10,11 @@ RESULT_NAME = "result.json"
 RUN_NAME = "run.json"
 PROGRESS_NAME = "progress.json"
 HISTORY_NAME = "history.jsonl"
+STOP_NAME = "stop"
+FAULTS_NAME = "faults"
+CHECKPOINTS_NAME = "checkpoints"
+
+TRAINING_PHASES = ("warm-up", "main")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

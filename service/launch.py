@@ -7,11 +7,12 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -30,23 +31,26 @@ from service.cluster import (
 )
 from service.config import ConfigError, RunConfig, ScalingConfig, config_yaml, difference
 from service.environment import environment
+from service.faults import Fault
 from service.figures import curves
 from service.files import (
+    CHECKPOINTS_NAME,
     CONFIG_NAME,
     HISTORY_NAME,
     PROGRESS_NAME,
     RESULT_NAME,
     RUN_NAME,
+    STOP_NAME,
     read_history,
     read_json,
     write_text,
 )
+from service.storage import CheckpointStore
 
 log = logging.getLogger(__name__)
 
 # Settings that may change when a run is continued: they do not change what it computes.
-FREE = ("scaling", "storage", "name", "experiment")
-CHECKPOINTS = "epoch_*"
+FREE = ("scaling", "checkpoint", "storage", "name", "experiment")
 
 View = Callable[[Callable[[], dict[str, Any] | None]], AbstractContextManager[Any]]
 
@@ -91,7 +95,11 @@ def finished(config: RunConfig) -> RunOutcome | None:
         {k: v for k, v in old.items() if k not in FREE},
         {k: v for k, v in new.items() if k not in FREE},
     )
-    if changed and any(folder.glob(CHECKPOINTS)):
+    changed += difference(
+        {"checkpoint.storage": old["checkpoint"]["storage"]},
+        {"checkpoint.storage": new["checkpoint"]["storage"]},
+    )
+    if changed and checkpoint_store(RunConfig.model_validate(old)).names():
         raise ConfigError(
             f"run {config.name} exists in {folder.parent} with other settings "
             f"({'; '.join(changed)}); a name stands for one configuration; take another --name, "
@@ -103,13 +111,21 @@ def finished(config: RunConfig) -> RunOutcome | None:
     return RunOutcome(folder, result, finished_before=True) if result else None
 
 
-def train(config: RunConfig, data_folder: Path, *, view: View, debug: bool = False) -> RunOutcome:
+def train(
+    config: RunConfig,
+    data_folder: Path,
+    *,
+    view: View,
+    faults: Sequence[Fault] = (),
+    debug: bool = False,
+) -> RunOutcome:
     """Run a training to its end: train, test, record. The same name continues.
 
     Args:
         config: from `resolve`.
         data_folder: from `ensure_prepared`.
         view: shows progress, given a function that reads the latest record.
+        faults: what the workers are to do to the run.
 
     Raises:
         ConfigError: something is wrong before anything has started.
@@ -122,15 +138,16 @@ def train(config: RunConfig, data_folder: Path, *, view: View, debug: bool = Fal
     manifest = load_manifest(data_folder)
     check_plan(config, manifest)
     folder = _folder(config)
-    run = _Run(config, manifest, data_folder)
+    run = _Run(config, manifest, data_folder, faults)
     try:
         with ray_session(config, debug=debug), _locked(folder), run.tracked():
+            (folder / STOP_NAME).unlink(missing_ok=True)
             with view(lambda: read_json(folder / PROGRESS_NAME)):
                 returned = run_workers("train_worker", config.scaling, folder, run.payload())
             run.finish(returned, time.monotonic() - began)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
-            f"stopped; the same command with --name {config.name} continues the run at its last "
+            f"{stop}; the same command with --name {config.name} continues the run at its last "
             "checkpoint"
         ) from stop
     return RunOutcome(folder, run.result, finished_before=False)
@@ -160,7 +177,7 @@ def evaluate(
     config = config.model_copy(update={"scaling": scaling})
     manifest, data_folder = _data_of(folder, result)
     payload = _payload(config, manifest, data_folder) | {
-        "checkpoint": str(folder / result["checkpoint"]),
+        "checkpoint": result["checkpoint"],
         "split": split,
     }
     began = time.monotonic()
@@ -179,18 +196,23 @@ def check_plan(config: RunConfig, manifest: Manifest) -> None:
     Raises:
         ConfigError, DataError, RunError: the run could not start.
     """
-    from service.worker import make_method, make_order
+    from service.rows import make_order
+    from service.worker import make_method
 
     check_local_capacity(config.scaling)
-    make_order(config, manifest).lanes_of(0, config.scaling.num_workers)
+    make_order(config, manifest).lanes_of(0, config.scaling.max_workers)
+    checkpoint_store(config)
     make_method(config, manifest)
 
 
 class _Run:
     """One training run: its MLflow run, its files and its result."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, data_folder: Path):
+    def __init__(
+        self, config: RunConfig, manifest: Manifest, data_folder: Path, faults: Sequence[Fault]
+    ):
         self._config = config
+        self._faults = {"faults": [asdict(f) for f in faults], "driver": os.getpid()}
         self._manifest = manifest
         self._data_folder = data_folder
         self._folder = _folder(config)
@@ -205,6 +227,7 @@ class _Run:
         return _payload(self._config, self._manifest, self._data_folder) | {
             "run_folder": str(self._folder),
             "tracking": {"uri": self._uri, "run_id": self._run_id},
+            "faults": self._faults,
         }
 
     @contextlib.contextmanager
@@ -238,6 +261,8 @@ class _Run:
             "method": self._config.method,
             "run_folder": str(self._folder),
             "checkpoint": returned["checkpoint"],
+            "order_chain": returned["order_chain"],
+            "loss_chain": returned["loss_chain"],
             "data_digest": self._manifest.digest,
             "mlflow_run_id": self._run_id,
             "mlflow_uri": self._uri,
@@ -280,14 +305,14 @@ class _Run:
         write_text(self._folder / CONFIG_NAME, config_yaml(self._config))
 
     def _close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        folder, result = self._folder, self.result
+        folder, best = self._folder, self.result.get("checkpoint")
         tracking.finish_run(
             self._uri,
             self._run_id,
             status,
             metrics={  # val/... has its values per epoch already
                 name: value
-                for name, value in result.items()
+                for name, value in self.result.items()
                 if isinstance(value, int | float) and not name.startswith("val/")
             },
             figures=lambda: curves(read_history(folder / HISTORY_NAME)),
@@ -296,7 +321,7 @@ class _Run:
                 for name in (CONFIG_NAME, RESULT_NAME)
                 if (folder / name).is_file()
             },
-            checkpoint=str(folder / result["checkpoint"]) if result else None,
+            checkpoint=f"{checkpoints_uri(self._config)}/{best}" if best else None,
         )
 
 
@@ -305,8 +330,28 @@ def _folder(config: RunConfig) -> Path:
     return Path(config.storage) / config.name
 
 
+def checkpoints_uri(config: RunConfig) -> str:
+    """Where a run's checkpoints are."""
+    if config.checkpoint.storage is None:
+        return str(_folder(config) / CHECKPOINTS_NAME)
+    return f"{config.checkpoint.storage.rstrip('/')}/{config.name}"
+
+
+def checkpoint_store(config: RunConfig) -> CheckpointStore:
+    """The checkpoints of a run.
+
+    Raises:
+        ConfigError: the storage cannot be used.
+    """
+    try:
+        return CheckpointStore.at(checkpoints_uri(config))
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
 def _payload(config: RunConfig, manifest: Manifest, data_folder: Path) -> dict[str, Any]:
     return {
+        "checkpoints": checkpoints_uri(config),
         "config": config.model_dump(mode="json"),
         "manifest": manifest.model_dump(mode="json"),
         "data_folder": str(data_folder.resolve()),

@@ -10,7 +10,8 @@ from data.prepare import SPLITS, default_folder
 from data.schema import MANIFEST_NAME, Manifest, Shard, Split, load_manifest
 from data.sources import build_source
 from service.config import RunConfig
-from service.worker import make_method, make_order
+from service.rows import make_order
+from service.worker import make_method
 from training.model import MultimodalModel
 
 OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -26,11 +27,12 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     prepared = (folder / MANIFEST_NAME).is_file()
     manifest = load_manifest(folder) if prepared else _draft(config)
     order = make_order(config, manifest)
-    order.lanes_of(0, config.scaling.num_workers)
-    workers, batch = config.scaling.num_workers, config.train.global_batch_size
+    workers, batch = config.scaling.max_workers, config.train.global_batch_size
+    share = max(len(order.lanes_of(rank, workers)) for rank in range(workers))
+    worker_rows = batch // order.lanes * share
     method = make_method(config, manifest)
     parameters = sum(p.numel() for p in method.parameters())
-    activations = _activation_bytes(method.model, manifest) * batch // workers
+    activations = _activation_bytes(method.model, manifest) * worker_rows
     weights = parameters * 4 * (2 + OPTIMIZER_STATES[config.optim.name] + int(workers > 1))
     window_rows = min(order.window_batches * batch, order.num_rows) // workers
     return {
@@ -42,9 +44,10 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "modalities": ", ".join(f"{m.name} {m.dtype}{list(m.shape)}" for m in manifest.modalities),
         "classes": len(manifest.classes),
         "workers": workers,
+        "min_workers": config.scaling.min_workers,
         "device": config.scaling.device,
         "global_batch_size": batch,
-        "batch_size_per_worker": batch // workers,
+        "batch_size_per_worker": worker_rows,
         "lanes": order.lanes,
         "steps_per_epoch": order.num_steps,
         "rows_in_last_batch": order.batch_rows(order.num_steps - 1, range(order.lanes)),

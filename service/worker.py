@@ -1,67 +1,99 @@
-"""What one Ray Train worker does: its rows in, the loop, reports out. The only bridge between
-Ray and training/.
+"""What one Ray Train worker does: its rows in, the loop, checkpoints and reports out. The only
+bridge between Ray and training/.
 
 Everything a worker needs arrives in one JSON-like payload; what it returns (from rank 0) is
-`{"metrics": {...}}`, or `{"error": message}` for failures that all ranks agree on.
+`{"metrics": {...}}`, `{"error": message}` for failures that all ranks agree on, or
+`{"stopped": message}` when the driver asked to stop.
 """
 
-import json
-import tempfile
+import logging
+import os
+import signal
+import threading
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from torch import Tensor, nn
 
-from data.order import Entries, Order
-from data.pipeline import (
-    SampleIndex,
-    ShardReader,
-    columns,
-    eval_stream,
-    locate,
-    sample_index,
-    train_stream,
-)
 from data.schema import Manifest, Split
 from service.config import ConfigError, RunConfig
-from service.files import HISTORY_NAME, PROGRESS_NAME, read_history, write_text
-from service.tracking import RunLogger
+from service.faults import Faults
+from service.files import STOP_NAME
+from service.reporting import Reporter
+from service.rows import WorkerRows, make_order
+from service.storage import CheckpointStore, CheckpointWriter, StorageError, checkpoint_name
 from training import checkpoint as checkpoints
-from training.batch import Batch, Progress
+from training.chain import Chain, StepRecord, order_text
 from training.distributed import rank, world_size
 from training.encoders import ModalityKind, build_model
-from training.evaluation import EVAL_CHUNK, evaluate
-from training.loop import Hooks, fit
+from training.evaluation import evaluate
+from training.loop import LOSS, ORDER, Hooks, Position, fit
 from training.methods import build_method
-from training.methods.base import EpochData, Method, NonFiniteError, Resampling
+from training.methods.base import EpochData, Method, NonFiniteError
 from training.optim import build_optimizer, build_schedule
 
-PROGRESS_SECONDS = 0.5
-EVAL_CACHE_BYTES = 256 << 20
-SELECTION = "selection"
+log = logging.getLogger(__name__)
+
+STOP, LEAVE, FAILED = "stop", "leave", "failed"
+STOP_POLL_SECONDS = 0.2
+LEAVE_SECONDS = 30.0
 
 
-def make_order(config: RunConfig, manifest: Manifest) -> Order:
-    """Order of the training split; a function of the config and the manifest only."""
-    train = config.train
-    window_rows = (train.shuffle_window_mib << 20) // max(1, manifest.row_nbytes)
-    return Order(
-        group_rows=tuple(n for shard in manifest.splits["train"] for n in shard.row_groups),
-        global_batch_size=train.global_batch_size,
-        lanes=train.lanes,
-        window_batches=max(1, window_rows // train.global_batch_size),
-        seed=train.seed,
-    )
+class Stopped(Exception):
+    """The driver asked to stop, and the checkpoint is safe."""
+
+
+class Termination:
+    """Whether this process was asked to end by SIGTERM; read between steps.
+
+    Training gets LEAVE_SECONDS for its checkpoint; a second signal ends the process at once.
+    """
+
+    asked = False
+
+    def watch(self) -> None:
+        """Take over SIGTERM; to be called in the main thread."""
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, signum: int, frame: object) -> None:
+        if self.asked:
+            os._exit(128 + signum)
+        self.asked = True
+        timer = threading.Timer(LEAVE_SECONDS, os._exit, (128 + signum,))
+        timer.daemon = True
+        timer.start()
+
+
+termination = Termination()
+
+
+def watch_termination() -> None:
+    """Make SIGTERM ask this worker to save and leave, instead of ending it at once."""
+    termination.watch()
+
+
+class _TerminableBackend(ray.train.torch.TorchConfig().backend_cls):
+    """The set-up of a torch worker; Ray runs it in the worker's main thread, the loop in another.
+
+    Only the main thread may set a signal handler.
+    """
+
+    def on_training_start(self, worker_group, backend_config) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(watch_termination)
+
+
+class TerminableTorchConfig(ray.train.torch.TorchConfig):
+    """`TorchConfig` for workers that save when they get SIGTERM."""
+
+    @property
+    def backend_cls(self):
+        return _TerminableBackend
 
 
 def make_method(config: RunConfig, manifest: Manifest) -> Method:
@@ -80,286 +112,314 @@ def make_method(config: RunConfig, manifest: Manifest) -> Method:
         raise ConfigError(str(error)) from error
 
 
-class WorkerRows:
-    """This rank's rows of a prepared data set, as batches on the device."""
-
-    def __init__(self, config: RunConfig, manifest: Manifest, folder: str, device: torch.device):
-        self._config = config
-        self._manifest = manifest
-        self._folder = folder
-        self._device = device
-        self._order = make_order(config, manifest)
-        self._train_reader = ShardReader(folder, manifest, "train")
-        self._stream: Iterator[pa.Table] | None = None
-        self._index: SampleIndex | None = None
-        self._cache: dict[Split, list[Batch]] = {}
-
-    def train(self, epoch: int, resampling: Resampling | None) -> Iterator[Batch]:
-        """This rank's part of every global batch of `epoch`; epochs must be asked for in turn."""
-        if resampling is not None:
-            self._stream = None  # it would deliver this epoch's rows in the next one
-            return self._resampled(epoch, resampling)
-        if self._stream is None:
-            # One execution for all epochs: reading ahead does not stop at the end of an epoch.
-            epochs = range(epoch, self._config.optim.epochs)
-            self._stream = self._tables(self._order, epochs, None)
-        return self._batches(islice(self._stream, self._order.num_steps), self._order)
-
-    def _resampled(self, epoch: int, resampling: Resampling) -> Iterator[Batch]:
-        if self._index is None:
-            self._index = sample_index(self._train_reader)
-        bits = 1 << torch.arange(resampling.keep.shape[1])
-        keep = (resampling.keep.cpu().long() * bits).sum(dim=1)
-        entries = locate(self._index, resampling.sample_id.cpu().numpy(), keep.numpy())
-        order = replace(self._order, group_rows=entries.group_rows)
-        return self._batches(self._tables(order, range(epoch, epoch + 1), entries), order)
-
-    def _tables(self, order: Order, epochs: range, entries: Entries | None) -> Iterator[pa.Table]:
-        return train_stream(
-            self._train_reader,
-            order,
-            rank=rank(),
-            world_size=world_size(),
-            epochs=epochs,
-            entries=entries,
-        )
-
-    def _batches(self, tables: Iterable[pa.Table], order: Order) -> Iterator[Batch]:
-        every_lane = range(order.lanes)
-        for step, table in enumerate(tables):
-            yield self._batch(table, order.lanes, order.batch_rows(step, every_lane))
-
-    def evaluation(self, split: Split) -> Iterator[Batch]:
-        """This rank's fixed chunks of `split`; kept in memory after the first pass if small."""
-        if split in self._cache:
-            yield from self._cache[split]
-            return
-        rows = self._manifest.rows(split)
-        size = rows * self._manifest.row_nbytes
-        small = split == "val" and size <= EVAL_CACHE_BYTES * world_size()
-        kept: list[Batch] = []
-        window_rows = (self._config.train.shuffle_window_mib << 20) // self._manifest.row_nbytes
-        stream = eval_stream(
-            ShardReader(self._folder, self._manifest, split),
-            chunk_rows=EVAL_CHUNK,
-            rank=rank(),
-            world_size=world_size(),
-            task_rows=window_rows // world_size(),
-        )
-        for table in stream:
-            batch = self._batch(table, -(-rows // EVAL_CHUNK), rows)
-            if small:  # copied: a view would hold the object store's blocks
-                inputs = {name: value.clone() for name, value in batch.inputs.items()}
-                kept.append(replace(batch, inputs=inputs))
-            yield batch
-        if small:
-            self._cache[split] = kept
-
-    def _batch(self, table: pa.Table, num_lanes: int, global_rows: int) -> Batch:
-        arrays = {name: self._tensor(a) for name, a in columns(table, self._manifest).items()}
-        label, sample_id, lane = (arrays.pop(name) for name in ("label", "sample_id", "lane"))
-        keep = arrays.pop("keep", None)
-        if keep is not None:
-            keep = (keep[:, None] >> torch.arange(len(arrays), device=keep.device) & 1).bool()
-        return Batch(arrays, label, sample_id, lane, num_lanes, global_rows, keep)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        with warnings.catch_warnings():  # views of the object store are read only; nobody writes
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-class _Reporter:
-    """Rank 0's files and MLflow metrics, and the report to Ray that every rank makes.
-
-    Rows of history are written only when the checkpoint that covers them is safe, and they travel
-    in it: a restarted run neither loses nor repeats one.
-    """
-
-    def __init__(self, payload: dict[str, Any], steps: "_Steps", done: list[dict[str, float]]):
-        """`done`: rows of the last checkpoint's interval, empty at the start of a run."""
-        self._folder = Path(payload["run_folder"])
-        self._steps = steps
-        self._shown = 0.0
-        self._record: dict[str, Any] = {}
-        self._rows: list[dict[str, float]] = []
-        self._logger: RunLogger | None = None
-        if rank() == 0:
-            self._logger = RunLogger(**payload["tracking"])
-            before = done[0]["epoch"] if done else 0
-            rows = read_history(self._folder / HISTORY_NAME)
-            self._write([row for row in rows if row["epoch"] < before], "w")
-            self._flush(done)
-
-    @property
-    def rows(self) -> list[dict[str, float]]:
-        """Rows since the last checkpoint, to be saved with the next."""
-        return self._rows
-
-    def step(self, progress: Progress, sums: dict[str, Tensor]) -> None:
-        """Write the progress record, at most every PROGRESS_SECONDS."""
-        if rank() == 0 and time.monotonic() - self._shown > PROGRESS_SECONDS:
-            loss = float(sums["loss_sum"] / sums["rows"])
-            self._progress(progress.epoch, progress.step + 1, {"train/loss": loss})
-
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of an epoch."""
-        self._rows.append(metrics | {"epoch": epoch, "time": time.time()})
-        alpha = {k.removeprefix("alpha/"): v for k, v in metrics.items() if k.startswith("alpha/")}
-        shown = {k: metrics[k] for k in ("train/loss", "val/accuracy") if k in metrics}
-        if rank() == 0:
-            self._progress(epoch, self._steps.per_epoch, {"alpha": alpha, **shown})
-
-    def checkpoint(self, epoch: int, folder: Path | None) -> None:
-        """Report a checkpoint to Ray, all ranks together, then log the rows it covers."""
-        ray.train.report(
-            self._rows[-1],
-            checkpoint=ray.train.Checkpoint(str(folder)) if folder else None,
-            checkpoint_dir_name=f"epoch_{epoch:04d}",
-            delete_local_checkpoint_after_upload=True,
-        )
-        self._flush(self._rows)
-        self._rows = []
-
-    def phase(self, phase: str) -> None:
-        """Show a phase other than training."""
-        if rank() == 0:
-            self._progress(self._steps.num_epochs - 1, self._steps.per_epoch, {}, phase)
-
-    def close(self) -> int:
-        """Send what is still to be sent to MLflow; returns how many metrics it did not take."""
-        return self._logger.close() + self._logger.num_dropped if self._logger else 0
-
-    def _flush(self, rows: list[dict[str, float]]) -> None:
-        if self._logger:
-            self._write(rows, "a")
-            for row in rows:
-                self._logger.log(row, step=int(row["epoch"]), seconds=row["time"])
-
-    def _write(self, rows: list[dict[str, float]], mode: str) -> None:
-        with (self._folder / HISTORY_NAME).open(mode) as file:
-            file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-
-    def _progress(
-        self, epoch: int, step: int, values: dict[str, Any], phase: str | None = None
-    ) -> None:
-        self._shown = time.monotonic()
-        main = epoch >= self._steps.warmup_epochs
-        self._record |= values | {
-            "phase": phase or ("main" if main else "warm-up"),
-            "epoch": epoch,
-            "num_epochs": self._steps.num_epochs,
-            "step": step,
-            "steps_per_epoch": self._steps.per_epoch,
-        }
-        write_text(self._folder / PROGRESS_NAME, json.dumps(self._record))
-
-
-class _Steps:
-    """Sizes of the run that the progress line needs."""
-
-    def __init__(self, config: RunConfig, manifest: Manifest):
-        self.per_epoch = make_order(config, manifest).num_steps
-        self.num_epochs = config.optim.epochs
-        self.warmup_epochs = config.warmup_epochs
-
-
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the test split.
 
     Args:
         payload: `config` and `manifest` (JSON values), `data_folder`, `run_folder` (shared
-            storage) and `tracking` (arguments of RunLogger).
+            storage), `checkpoints` (URI), `tracking` (arguments of RunLogger) and `faults`
+            (see service/faults.py).
     """
-    config = RunConfig.model_validate(payload["config"])
-    manifest = Manifest.model_validate(payload["manifest"])
-    device = ray.train.torch.get_device()
-    rows = WorkerRows(config, manifest, payload["data_folder"], device)
-    method = make_method(config, manifest).to(device)
-    optimizer = build_optimizer(config.optim, method)
-    scheduler = build_schedule(config.optim, optimizer, config.warmup_epochs)
-    state: dict[str, Any] = {"epoch": -1, "rows": []}
-    if last := ray.train.get_checkpoint():
-        with last.as_directory() as folder:
-            state = checkpoints.load(Path(folder), method, optimizer, scheduler)
-    reporter = _Reporter(payload, _Steps(config, manifest), state["rows"])
-
-    def validate() -> dict[str, float]:
-        metrics = evaluate(
-            method, rows.evaluation("val"), seed=config.train.seed, subsets=False, device=device
-        )
-        return {_val_name(name): value for name, value in metrics.items()}
-
-    def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-        validated = "val/accuracy" in metrics
-        if validated:
-            main = method.is_main_phase(epoch)
-            metrics[SELECTION] = metrics["val/accuracy"] if main else -1.0
-        reporter.epoch(epoch, metrics)
-        if validated:
-            folder = None
-            if rank() == 0:
-                folder = Path(tempfile.mkdtemp(prefix="midas-checkpoint-"))
-                progress = {"epoch": epoch, "rows": reporter.rows}
-                checkpoints.save(folder, method, optimizer, scheduler, progress)
-            reporter.checkpoint(epoch, folder)
-
-    hooks = Hooks(
-        wrap=_wrap,
-        train_batches=rows.train,
-        data=EpochData(lambda: rows.evaluation("train"), lambda: rows.evaluation("val")),
-        validate=validate,
-        on_step=reporter.step,
-        on_epoch=on_epoch,
-    )
+    run = _Training(payload)
     try:
-        fit(
-            method,
-            optimizer,
-            scheduler,
-            hooks,
-            seed=config.train.seed,
-            start_epoch=state["epoch"] + 1,
-            num_epochs=config.optim.epochs,
-            eval_every_epochs=config.train.eval_every_epochs,
-        )
-        reporter.phase("evaluate")
-        result = _test_best(method, rows, config, device)
-    except NonFiniteError as error:  # reduced first, so every rank is here
-        result = {"error": str(error)}
-    return result | {"lost_metrics": reporter.close()}
+        return run.fit() | {"lost_metrics": run.close()}
+    except Stopped as stop:
+        run.close()
+        return {"stopped": str(stop)}
+    except (NonFiniteError, StorageError, checkpoints.CheckpointError) as error:
+        run.close()
+        return {"error": str(error)}  # every rank is here
 
 
 def evaluate_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate a checkpoint folder on one split.
+    """Evaluate a checkpoint on one split.
 
     Args:
-        payload: as for `train_worker`, plus `checkpoint` (folder) and `split`.
+        payload: `config`, `manifest`, `data_folder` and `checkpoints` as for `train_worker`, the
+            name of the `checkpoint`, and `split`.
     """
     config = RunConfig.model_validate(payload["config"])
     manifest = Manifest.model_validate(payload["manifest"])
     device = ray.train.torch.get_device()
     rows = WorkerRows(config, manifest, payload["data_folder"], device)
     method = make_method(config, manifest).to(device)
-    checkpoints.load_weights(Path(payload["checkpoint"]), method)
+    try:
+        _load_weights(CheckpointStore.at(payload["checkpoints"]), payload["checkpoint"], method)
+    except checkpoints.CheckpointError as error:
+        return {"error": str(error)}
     return {"metrics": _evaluate_split(method, rows, payload["split"], config, device)}
 
 
-def _test_best(
-    method: Method, rows: WorkerRows, config: RunConfig, device: torch.device
-) -> dict[str, Any]:
-    """Load the checkpoint with the best validation accuracy of the main phase and test it."""
-    best = max(
-        ray.train.get_all_reported_checkpoints(), key=lambda report: report.metrics[SELECTION]
-    )
-    with best.checkpoint.as_directory() as folder:
-        checkpoints.load_weights(Path(folder), method)
-    chosen = {name: best.metrics[name] for name in best.metrics if name.startswith("val/")}
-    test = _evaluate_split(method, rows, "test", config, device)
-    return {
-        "metrics": {**chosen, **test, "best_epoch": best.metrics["epoch"]},
-        "checkpoint": Path(best.checkpoint.path).name,
-    }
+class _Training:
+    """One worker's part in a run: state, hooks of the loop, checkpoints."""
+
+    def __init__(self, payload: dict[str, Any]):
+        self._config = config = RunConfig.model_validate(payload["config"])
+        self._manifest = manifest = Manifest.model_validate(payload["manifest"])
+        self._device = ray.train.torch.get_device()
+        self._rows = WorkerRows(config, manifest, payload["data_folder"], self._device)
+        self._method = make_method(config, manifest).to(self._device)
+        self._optimizer = build_optimizer(config.optim, self._method)
+        self._schedule = build_schedule(config.optim, self._optimizer, config.warmup_epochs)
+        self._store = CheckpointStore.at(payload["checkpoints"])
+        self._keeper = _Keeper(config, self._store, payload, self._pack)
+        self._payload = payload
+        self._reporter: Reporter | None = None
+        self._stop_seen, self._stop_polled = False, 0.0
+        self._faults = Faults(payload["faults"], Path(payload["run_folder"]))
+
+    def fit(self) -> dict[str, Any]:
+        """Train from the newest checkpoint on, or from the start; test the best one."""
+        position = self._resume()
+        order = make_order(self._config, self._manifest)
+        if rank() == 0:
+            folder, tracking = Path(self._payload["run_folder"]), self._payload["tracking"]
+            self._reporter = Reporter(self._config, order, folder, tracking, position.epoch)
+        self._faults.resumed(position.steps_done)
+        hooks = Hooks(
+            wrap=_wrap,
+            train_batches=self._rows.train,
+            data=EpochData(
+                lambda: self._rows.evaluation("train"), lambda: self._rows.evaluation("val")
+            ),
+            signals=self._signals,
+            on_step=self._on_step,
+            on_trained=self._on_trained,
+            validate=self._validate,
+            on_epoch=self._on_epoch,
+        )
+        fit(
+            *(self._method, self._optimizer, self._schedule, hooks, position),
+            seed=self._config.train.seed,
+            num_epochs=self._config.optim.epochs,
+            eval_every_epochs=self._config.train.eval_every_epochs,
+        )
+        return self._test_best()
+
+    def close(self) -> int:
+        """Finish what is being written; returns how many metrics MLflow did not take."""
+        self._keeper.wait()
+        return self._reporter.close() if self._reporter else 0
+
+    def _resume(self) -> Position:
+        """Restore the newest checkpoint that is whole, the same one on every rank.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used.
+        """
+        problems: list[str] = []
+        name, position, notes = None, Position(), None
+        if rank() == 0:
+            for name in reversed(self._store.names()):
+                try:
+                    position, notes = self._load(name)
+                    break
+                except checkpoints.CheckpointError as error:
+                    log.warning("%s", error)
+                    problems.append(str(error))
+            else:
+                name = None
+        name, problem = ray.train.collective.broadcast_from_rank_zero(
+            (name, problems[0] if problems and notes is None else None)
+        )
+        if problem:
+            raise checkpoints.CheckpointError(problem)
+        if name is not None:
+            if rank() > 0:
+                position, notes = self._load(name)
+            assert notes is not None
+            self._keeper.restore(position, notes)
+        return position
+
+    def _load(self, name: str) -> tuple[Position, dict[str, Any]]:
+        files, where = self._store.load(name), self._store.where(name)
+        return checkpoints.load(files, where, self._method, self._optimizer, self._schedule)
+
+    def _pack(self, position: Position, notes: dict[str, Any]) -> checkpoints.Packed:
+        parts = (self._method, self._optimizer, self._schedule)
+        return checkpoints.pack(*parts, position, notes)
+
+    def _signals(self) -> dict[str, Tensor]:
+        flags = {
+            STOP: self._stop_asked(),
+            LEAVE: termination.asked,
+            FAILED: self._keeper.error is not None,
+        }
+        return {
+            name: torch.tensor(float(flag), device=self._device) for name, flag in flags.items()
+        }
+
+    def _stop_asked(self) -> bool:
+        """Whether the driver left its note; looked for by rank 0, not in every step."""
+        if rank() == 0 and time.monotonic() - self._stop_polled > STOP_POLL_SECONDS:
+            self._stop_polled = time.monotonic()
+            self._stop_seen |= (Path(self._payload["run_folder"]) / STOP_NAME).exists()
+        return self._stop_seen
+
+    def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
+        self._keeper.step(position, signals)
+        if self._reporter:
+            self._reporter.step(position)
+        self._faults.strike(position.steps_done)
+        asked = torch.stack([signals[name] for name in (STOP, LEAVE, FAILED)]).tolist()
+        if any(asked):
+            self._interrupt(position, *asked)
+
+    def _interrupt(self, position: Position, stop: float, leave: float, failed: float) -> None:
+        """All ranks are here, after the same step: save, then end."""
+        if not failed:
+            self._keeper.save(position)
+        self._keeper.agree()
+        if not stop and leave:
+            if termination.asked:
+                os._exit(
+                    128 + signal.SIGTERM
+                )  # the node wants this process to end; Ray starts the group again
+            time.sleep(LEAVE_SECONDS)  # ended by Ray with the group
+        raise Stopped(f"stopped after epoch {position.epoch + 1}, step {position.step}")
+
+    def _on_trained(self, position: Position, validates: bool) -> None:
+        """Save the weights that will be validated: the candidate for the best checkpoint."""
+        if self._reporter and validates:
+            self._reporter.phase("validate", position.epoch)
+        if validates:
+            self._keeper.save(position)
+        self._keeper.candidate = checkpoint_name(position.steps_done) if validates else None
+
+    def _validate(self) -> dict[str, float]:
+        metrics = evaluate(
+            *(self._method, self._rows.evaluation("val")),
+            seed=self._config.train.seed,
+            subsets=False,
+            device=self._device,
+        )
+        return {_val_name(name): value for name, value in metrics.items()}
+
+    def _on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        if "val/accuracy" in metrics:
+            self._keeper.validated(epoch, metrics, self._method.is_main_phase(epoch))
+            self._keeper.wait()
+        if self._reporter and self._keeper.error is None:
+            self._reporter.epoch(epoch, metrics)
+
+    def _test_best(self) -> dict[str, Any]:
+        """Load the checkpoint with the best validation accuracy of the main phase and test it."""
+        if self._reporter:
+            self._reporter.phase("evaluate", self._config.optim.epochs - 1)
+        self._keeper.agree()
+        best = self._keeper.best
+        assert best is not None
+        _load_weights(self._store, best["name"], self._method)
+        test = _evaluate_split(self._method, self._rows, "test", self._config, self._device)
+        chain = self._keeper.chain
+        return {
+            "metrics": {**best["metrics"], **test, "best_epoch": best["epoch"]},
+            "checkpoint": best["name"],
+            "order_chain": chain.order,
+            "loss_chain": chain.loss,
+        }
+
+
+class _Keeper:
+    """When and what to save: step records, the chain over them, the best checkpoint.
+
+    Every rank has one and knows the best checkpoint; rank 0 takes records and writes.
+    """
+
+    def __init__(
+        self, config: RunConfig, store: CheckpointStore, payload: dict[str, Any], pack: Any
+    ):
+        self.best: dict[str, Any] | None = None
+        self.candidate: str | None = None
+        self.chain = Chain()
+        self._settings = config.checkpoint
+        self._pack = pack
+        self._writer = CheckpointWriter(store, config.checkpoint.keep)
+        self._pending: list[tuple[int, int, Tensor, Tensor]] = []
+        self._saved_steps, self._saved_at = 0, time.monotonic()
+
+    @property
+    def error(self) -> StorageError | None:
+        """What kept the last checkpoint from being written; rank 0 knows."""
+        return self._writer.error
+
+    def restore(self, position: Position, notes: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.best, self.chain = notes["best"], Chain(**notes["chain"])
+        self._saved_steps = position.steps_done
+
+    def step(self, position: Position, signals: dict[str, Tensor]) -> None:
+        """Take the record of a step; save if it is time."""
+        if rank() > 0:
+            return
+        record = (position.epoch, position.step - 1, signals[ORDER], signals[LOSS])
+        self._pending.append(record)
+        if not self._writer.busy and self._is_due(position):
+            self.save(position)
+
+    def _is_due(self, position: Position) -> bool:
+        every, seconds = self._settings.every_steps, self._settings.every_seconds
+        steps = position.steps_done - self._saved_steps
+        return bool(every and steps >= every) or time.monotonic() - self._saved_at >= seconds
+
+    def save(self, position: Position) -> None:
+        """Start to write a checkpoint of this position."""
+        if rank() > 0 or position.steps_done == self._saved_steps:
+            return
+        records = self._take_records()
+        notes = {"best": self.best, "chain": vars(self.chain), "workers": world_size()}
+        self._writer.submit(
+            checkpoint_name(position.steps_done),
+            self._pack(position, notes),
+            self._saved_steps,
+            records,
+            keep=self.best["name"] if self.best else None,
+        )
+        self._saved_steps, self._saved_at = position.steps_done, time.monotonic()
+
+    def validated(self, epoch: int, metrics: dict[str, float], main_phase: bool) -> None:
+        """Compare the candidate with the best of the main phase so far; the earlier one wins."""
+        if not main_phase:
+            return
+        if self.best is None or metrics["val/accuracy"] > self.best["metrics"]["val/accuracy"]:
+            chosen = {name: value for name, value in metrics.items() if name.startswith("val/")}
+            self.best = {"name": self.candidate, "epoch": epoch, "metrics": chosen}
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        self._writer.wait()
+
+    def agree(self) -> None:
+        """Meet the other ranks when rank 0 has written everything.
+
+        Raises:
+            StorageError: on every rank, if rank 0 could not write.
+        """
+        self._take_records()
+        self.wait()
+        message = str(self.error) if self.error else None
+        if message := ray.train.collective.broadcast_from_rank_zero(message):
+            raise StorageError(message)
+
+    def _take_records(self) -> list[StepRecord]:
+        records = []
+        if self._pending:
+            losses = torch.stack([loss for *_, loss in self._pending]).tolist()
+            orders = torch.stack([order for _, _, order, _ in self._pending]).cpu()
+            records = [
+                StepRecord(epoch, step, order_text(digest), loss)
+                for (epoch, step, *_), digest, loss in zip(
+                    self._pending, orders, losses, strict=True
+                )
+            ]
+        self._pending = []
+        self.chain = self.chain.extended(records)
+        return records
+
+
+def _load_weights(store: CheckpointStore, name: str, method: Method) -> None:
+    files = store.load(name, checkpoints.WEIGHTS_FILES)
+    checkpoints.load_weights(files, store.where(name), method)
 
 
 def _evaluate_split(

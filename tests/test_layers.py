@@ -14,7 +14,10 @@ ALLOWED = {
     "ray": ("service/cluster.py", "service/worker.py", "data/pipeline.py"),
     "mlflow": ("service/tracking.py",),
     "torch.distributed": ("training/distributed.py",),
-    "torch": ("training/", "service/worker.py", "service/plan.py", "data/features.py"),
+    "torch": (
+        *("training/", "service/worker.py", "service/rows.py", "service/plan.py"),
+        "data/features.py",
+    ),
     "torchaudio": ("data/features.py",),
     "rich": ("service/console.py",),
     "tyro": ("service/__main__.py",),

@@ -4,7 +4,7 @@ Shapes: B rows of this rank's part of the global batch.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Batch:
         num_lanes: number of lanes of the global order.
         global_rows: rows of the whole global batch, over all ranks.
         keep: (B, M) bool, modalities that a `Resampling` keeps; None keeps all.
+        carried: the loop's own numbers, added over ranks together with those of the method.
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +33,7 @@ class Batch:
     num_lanes: int
     global_rows: int
     keep: Tensor | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

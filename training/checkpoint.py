@@ -1,16 +1,20 @@
 """Checkpoints: all that training needs to go on bit for bit, as tensors and JSON, never pickle.
 
-A checkpoint is a folder with `model.safetensors` (the method's state dict, buffers included),
-`optimizer.safetensors` (tensors named `<state>/<parameter>`) and `state.json`: format version,
-SHA-256 of both tensor files, the rest of the optimizer's state, the schedule and the progress.
-`state.json` is written last, so a folder without it is not a checkpoint.
+A checkpoint is four files: `model.safetensors` (the method's state dict, buffers included),
+`optimizer.safetensors` (tensors named `<state>/<parameter>`), `position.safetensors` (sums of the
+running epoch, and its rows if they were resampled) and `state.json`: format version, SHA-256 of the
+tensor files, the rest of the optimizer's state, the schedule and the position. There is no state of
+random generators: all randomness is derived from (seed, epoch, step).
+
+`state.json` is the marker: it is to be written last and removed first, so that files without it are
+not a checkpoint. Where the files are kept is the caller's business.
 """
 
 import hashlib
 import json
-import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -20,12 +24,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from training.methods.base import Method
+from training.loop import Position
+from training.methods.base import Method, Resampling
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
+POSITION_NAME = "position.safetensors"
 STATE_NAME = "state.json"
+WEIGHTS_FILES = (MODEL_NAME, STATE_NAME)
 REMEDY = "use an older checkpoint"
 
 
@@ -33,74 +40,119 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, corrupt or of another model; the message says what to do."""
 
 
-def save(
-    folder: Path,
+@dataclass(frozen=True)
+class Packed:
+    """A copy of the state of training, independent of what training does next.
+
+    Attributes:
+        tensors: name and content of the tensor files.
+        state: content of the marker, without hashes.
+    """
+
+    tensors: dict[str, bytes]
+    state: dict[str, Any]
+
+    def files(self) -> dict[str, bytes]:
+        """Name -> content, the marker last. Hashes everything: not for the training thread."""
+        sha256 = {
+            name: hashlib.sha256(content).hexdigest() for name, content in self.tensors.items()
+        }
+        marker = json.dumps(self.state | {"sha256": sha256}, indent=2) + "\n"
+        return {**self.tensors, STATE_NAME: marker.encode()}
+
+
+def pack(
     method: Method,
     optimizer: Optimizer,
     scheduler: LRScheduler,
-    progress: dict[str, Any],
-) -> None:
-    """Write a checkpoint into `folder`; one that is already there stops being one at once.
+    position: Position,
+    notes: dict[str, Any],
+) -> Packed:
+    """Copy all state that the steps after `position` depend on.
 
     Args:
-        folder: created if missing.
         method: the method itself, not its DDP wrapper.
         optimizer: over parameters of `method`.
         scheduler: its state dict must hold JSON values only.
-        progress: JSON values; `load` returns them.
+        position: between which steps this is.
+        notes: JSON values of the caller; `load` returns them.
 
     Raises:
         CheckpointError: the method's state dict holds something other than tensors.
     """
     optimizer_tensors, optimizer_rest = _pack_optimizer(optimizer, method)
-    files = {
+    tensors = {
         MODEL_NAME: serialise_tensors(_portable(method.state_dict())),
         OPTIMIZER_NAME: serialise_tensors(_portable(optimizer_tensors)),
+        POSITION_NAME: serialise_tensors(_portable(_position_tensors(position))),
     }
     state = {
         "format_version": FORMAT_VERSION,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "optimizer": optimizer_rest,
         "scheduler": scheduler.state_dict(),
-        "progress": progress,
+        "position": {name: getattr(position, name) for name in _POSITION_VALUES},
+        "notes": notes,
     }
-    files[STATE_NAME] = (json.dumps(state, indent=2) + "\n").encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STATE_NAME).unlink(missing_ok=True)
-    for name, content in files.items():
-        _write(folder / name, content)
+    return Packed(tensors, state)
 
 
 def load(
-    folder: Path,
+    files: Mapping[str, bytes],
+    where: str,
     method: Method,
-    optimizer: Optimizer | None = None,
-    scheduler: LRScheduler | None = None,
-) -> dict[str, Any]:
-    """Restore what is given from `folder`, onto the parameters' devices; returns the progress.
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+) -> tuple[Position, dict[str, Any]]:
+    """Restore a checkpoint, onto the parameters' devices; returns its position and notes.
 
     Everything is checked before anything changes.
+
+    Args:
+        files: content by file name.
+        where: what errors call the checkpoint.
 
     Raises:
         CheckpointError: a file is missing or corrupt, or the checkpoint is of another model or
             optimizer (the first difference is named).
     """
-    state = _read_state(folder)
-    weights = _read_tensors(folder, MODEL_NAME, state)
-    _check_weights(folder, method, weights)
-    if optimizer is not None:
-        tensors = _read_tensors(folder, OPTIMIZER_NAME, state)
-        restored = _unpack_optimizer(folder, optimizer, method, tensors, state["optimizer"])
-        optimizer.load_state_dict(restored)
-    if scheduler is not None:
-        scheduler.load_state_dict(state["scheduler"])
+    state = _read_state(files, where)
+    weights = _read_tensors(files, where, MODEL_NAME, state)
+    _check_weights(where, method, weights)
+    tensors = _read_tensors(files, where, OPTIMIZER_NAME, state)
+    restored = _unpack_optimizer(where, optimizer, method, tensors, state["optimizer"])
+    position = _read_position(_read_tensors(files, where, POSITION_NAME, state), state, method)
+    optimizer.load_state_dict(restored)
+    scheduler.load_state_dict(state["scheduler"])
     method.load_state_dict(weights)
-    return state["progress"]
+    return position, state["notes"]
 
 
-def load_weights(folder: Path, method: Method) -> None:
-    """Restore parameters and buffers only; raises like `load`."""
-    load(folder, method)
+def load_weights(files: Mapping[str, bytes], where: str, method: Method) -> None:
+    """Restore parameters and buffers only, from WEIGHTS_FILES; raises like `load`."""
+    state = _read_state(files, where)
+    weights = _read_tensors(files, where, MODEL_NAME, state)
+    _check_weights(where, method, weights)
+    method.load_state_dict(weights)
+
+
+_POSITION_VALUES = ("epoch", "step", "steps_done", "seconds", "waited")
+
+
+def _position_tensors(position: Position) -> dict[str, Tensor]:
+    tensors = {f"totals/{name}": value for name, value in position.totals.items()}
+    if position.resampling is not None:
+        tensors |= {f"resampling/{k}": v for k, v in vars(position.resampling).items()}
+    return tensors
+
+
+def _read_position(tensors: dict[str, Tensor], state: dict[str, Any], method: Method) -> Position:
+    device = next(method.parameters()).device
+    parts: dict[str, dict[str, Tensor]] = {"totals": {}, "resampling": {}}
+    for full_name, value in tensors.items():
+        group, name = full_name.split("/", 1)
+        parts[group][name] = value.to(device)
+    resampling = Resampling(**parts["resampling"]) if parts["resampling"] else None
+    return Position(**state["position"], totals=parts["totals"], resampling=resampling)
 
 
 def _portable(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -114,12 +166,6 @@ def _portable(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {
         name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()
     }
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _group_names(optimizer: Optimizer, method: Method) -> list[list[str]]:
@@ -156,7 +202,7 @@ def _pack_optimizer(
 
 
 def _unpack_optimizer(
-    folder: Path,
+    where: str,
     optimizer: Optimizer,
     method: Method,
     tensors: dict[str, Tensor],
@@ -165,12 +211,12 @@ def _unpack_optimizer(
     """Inverse of `_pack_optimizer`: a state dict for `optimizer`."""
     if packed["class"] != type(optimizer).__name__:
         raise CheckpointError(
-            f"{folder} holds the state of {packed['class']}, this run uses "
+            f"{where} holds the state of {packed['class']}, this run uses "
             f"{type(optimizer).__name__}; resuming needs the same optimizer; set optim.name back "
             "or start a new run"
         )
     group_names = _group_names(optimizer, method)
-    _check_groups(folder, [group["params"] for group in packed["param_groups"]], group_names)
+    _check_groups(where, [group["params"] for group in packed["param_groups"]], group_names)
     names = [name for group in group_names for name in group]
     index = {name: position for position, name in enumerate(names)}
     state = {index[name]: dict(entry) for name, entry in packed["state"].items()}
@@ -193,68 +239,69 @@ def _like(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_groups(folder: Path, saved: list[list[str]], own: list[list[str]]) -> None:
+def _check_groups(where: str, saved: list[list[str]], own: list[list[str]]) -> None:
     flat_saved = [(group, name) for group, names in enumerate(saved) for name in names]
     flat_own = [(group, name) for group, names in enumerate(own) for name in names]
     for there, here in zip_longest(flat_saved, flat_own):
         if there != here:
             group, name = there or here
             raise CheckpointError(
-                f"optimizer state in {folder} differs from this run's at parameter {name!r} of "
+                f"optimizer state in {where} differs from this run's at parameter {name!r} of "
                 f"group {group}; resuming needs the same parameters in the same groups and order; "
                 "use the settings of the run that wrote it"
             )
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / STATE_NAME
-    if not path.is_file():
+def _read_state(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    if STATE_NAME not in files:
         raise CheckpointError(
-            f"{folder} has no {STATE_NAME}, so it is not a checkpoint (the file is written last); "
+            f"{where} has no {STATE_NAME}, so it is not a checkpoint (the file is written last); "
             f"{REMEDY}"
         )
     try:
-        state = json.loads(path.read_bytes())
+        state = json.loads(files[STATE_NAME])
         version = state["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is corrupt ({type(error).__name__}: {error}); it must be JSON with a "
-            f"format_version; {REMEDY}"
+            f"{where}/{STATE_NAME} is corrupt ({type(error).__name__}: {error}); it must be JSON "
+            f"with a format_version; {REMEDY}"
         ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {version}; this program reads {FORMAT_VERSION}; use the "
+            f"{where} has format_version {version}; this program reads {FORMAT_VERSION}; use the "
             "program that wrote it"
         )
     return state
 
 
-def _read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(
+    files: Mapping[str, bytes], where: str, name: str, state: dict[str, Any]
+) -> dict[str, Tensor]:
     """Tensors of a file whose bytes have the recorded SHA-256."""
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; {STATE_NAME} lists it; {REMEDY}")
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    if name not in files:
+        raise CheckpointError(f"{where}/{name} is missing; {STATE_NAME} lists it; {REMEDY}")
+    digest = hashlib.sha256(files[name]).hexdigest()
     if digest != state["sha256"][name]:
         raise CheckpointError(
-            f"{path} is corrupt: its SHA-256 is {digest}, {STATE_NAME} says "
+            f"{where}/{name} is corrupt: its SHA-256 is {digest}, {STATE_NAME} says "
             f"{state['sha256'][name]}; {REMEDY}"
         )
     try:
-        return parse_tensors(content)
+        return parse_tensors(files[name])
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}; {REMEDY}") from error
+        raise CheckpointError(
+            f"{where}/{name} is not a safetensors file: {error}; {REMEDY}"
+        ) from error
 
 
-def _check_weights(folder: Path, method: Method, weights: dict[str, Tensor]) -> None:
+def _check_weights(where: str, method: Method, weights: dict[str, Tensor]) -> None:
     """Same names, shapes and dtypes on both sides."""
     own: dict[str, Tensor] = method.state_dict()
     for name in [*own, *weights]:
         here, there = _signature(own.get(name)), _signature(weights.get(name))
         if here != there:
             raise CheckpointError(
-                f"{name!r} is {there} in {folder} and {here} in this model; names, shapes and "
+                f"{name!r} is {there} in {where} and {here} in this model; names, shapes and "
                 "dtypes must be equal; use the data set, model and method settings of the run "
                 "that wrote it"
             )

@@ -14,7 +14,7 @@ from tests.training.toys import START, random_batch, tiny_method, vector_batch, 
 from training.batch import Batch
 from training.batchnorm import SyncBatchNorm
 from training.distributed import gather_rows, rank, reduce_sums, row_counts, world_size
-from training.loop import Hooks, fit
+from training.loop import Hooks, Position, fit
 from training.methods.base import EpochData, Method
 
 NUM_LANES, NUM_EPOCHS, WARMUP_EPOCHS = 4, 4, 2
@@ -88,14 +88,16 @@ def train(name: str, num_modalities: int = 2, **midas) -> dict[str, Any]:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
         Hooks(
             wrap=wrap,
-            train_batches=lambda epoch, resampling: batches(epoch),
+            train_batches=lambda epoch, resampling, step: batches(epoch),
             data=EpochData(train=lambda: batches(0), val=lambda: batches(0)),
+            signals=lambda: {"ranks": torch.ones(())},
+            on_step=lambda position, signals: steps.append(signals),
+            on_trained=lambda position, validates: None,
             validate=dict,
-            on_step=lambda progress, totals: steps.append(float(totals["loss_sum"])),
             on_epoch=lambda epoch, values: metrics.append(values),
         ),
+        Position(),
         seed=1,
-        start_epoch=0,
         num_epochs=NUM_EPOCHS,
         eval_every_epochs=1,
     )

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from training import checkpoint as checkpoints
 from training.batch import Batch, Progress, StepOutput
-from training.checkpoint import CheckpointError, load, load_weights, save
+from training.checkpoint import CheckpointError, pack
 from training.encoders import EncoderConfig, ModelConfig, build_model
-from training.methods.base import Method
+from training.loop import Position
+from training.methods.base import Method, Resampling
 from training.optim import OptimConfig, build_optimizer, build_schedule
 
 MODALITIES = [("image", "image", (1, 8, 8)), ("text", "vector", (3,))]
@@ -79,11 +81,28 @@ class Run:
             self.schedule.step()
 
 
+def save(folder: Path, *parts, notes, position: Position | None = None) -> None:
+    for name, content in pack(*parts, position or Position(), notes).files().items():
+        (folder / name).write_bytes(content)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def load(folder: Path, *parts):
+    return checkpoints.load(files(folder), str(folder), *parts)
+
+
+def load_weights(folder: Path, method: Method) -> None:
+    checkpoints.load_weights(files(folder), str(folder), method)
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     run = Run()
     run.train(0, 2)
-    save(tmp_path, *run.parts, progress={"epoch": 2})
+    save(tmp_path, *run.parts, notes={"best": 2})
     return tmp_path
 
 
@@ -92,9 +111,9 @@ def test_resumed_run_equals_straight_run_bit_for_bit(name, tmp_path):
     straight, first, second = Run(name), Run(name), Run(name, seed=1)
     straight.train(0, 10)
     first.train(0, 5)
-    progress = {"epoch": 5, "best": {"val/accuracy": 0.1 + 0.2}, "history": [None, True]}
-    save(tmp_path, *first.parts, progress=progress)
-    assert load(tmp_path, *second.parts) == progress
+    notes = {"best": {"val/accuracy": 0.1 + 0.2}, "others": [None, True]}
+    save(tmp_path, *first.parts, notes=notes)
+    assert load(tmp_path, *second.parts)[1] == notes
     second.train(5, 10)
     for key, expected in straight.method.state_dict().items():
         assert torch.equal(second.method.state_dict()[key], expected), key
@@ -111,7 +130,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(name, tmp_path):
 
 def test_fresh_run_can_be_saved(tmp_path):
     run, other = Run(), Run(seed=1)
-    save(tmp_path, *run.parts, progress={})
+    save(tmp_path, *run.parts, notes={})
     load(tmp_path, *other.parts)
     run.train(0, 2)
     other.train(0, 2)
@@ -138,30 +157,47 @@ def test_loading_keeps_the_device_and_the_objects(saved):
 
 
 def test_folder_holds_tensors_and_json_only(saved):
-    names = ["model.safetensors", "optimizer.safetensors", "state.json"]
-    assert sorted(path.name for path in saved.iterdir()) == names
+    tensors = ["model.safetensors", "optimizer.safetensors", "position.safetensors"]
+    assert sorted(path.name for path in saved.iterdir()) == [*tensors, "state.json"]
     state = json.loads((saved / "state.json").read_text())
-    assert state["format_version"] == 1
+    assert state["format_version"] == 2
     digest = hashlib.sha256((saved / "optimizer.safetensors").read_bytes()).hexdigest()
     assert state["sha256"]["optimizer.safetensors"] == digest
     assert "momentum_buffer/model.fusion.weight" in load_file(saved / "optimizer.safetensors")
 
 
-def test_interrupted_overwrite_is_not_a_checkpoint(saved):
-    """A folder in place of a temporary file stops the second save between two files."""
+def test_position_travels(tmp_path):
+    """Sums keep all bits, also those that are not finite; resampled rows come back."""
     run = Run()
-    (saved / "optimizer.safetensors.tmp").mkdir()
-    with pytest.raises(IsADirectoryError):
-        save(saved, *run.parts, progress={})
-    with pytest.raises(CheckpointError, match=r"no state\.json.*not a checkpoint"):
-        load_weights(saved, run.method)
+    totals = {
+        "rows": torch.tensor(0.1, dtype=torch.float64) * 3,
+        "conf": torch.tensor([float("nan"), 1e-300], dtype=torch.float64),
+    }
+    keep = torch.tensor([[True, False], [False, True]])
+    position = Position(3, 2, 11, totals, 0.1 + 0.2, 0.1, Resampling(torch.tensor([5, 7]), keep))
+    save(tmp_path, *run.parts, notes={}, position=position)
+    back, _ = load(tmp_path, *Run().parts)
+    values = ("epoch", "step", "steps_done", "seconds", "waited")
+    assert [getattr(back, name) for name in values] == [3, 2, 11, 0.1 + 0.2, 0.1]
+    assert back.totals.keys() == totals.keys()
+    for name, value in totals.items():
+        torch.testing.assert_close(back.totals[name], value, atol=0, rtol=0, equal_nan=True)
+    assert back.resampling is not None
+    assert back.resampling.sample_id.tolist() == [5, 7]
+    assert torch.equal(back.resampling.keep, keep)
 
 
-def test_unserialisable_progress_leaves_the_old_checkpoint(saved):
+def test_packed_state_does_not_follow_training(tmp_path):
     run = Run()
-    with pytest.raises(TypeError, match="set"):
-        save(saved, *run.parts, progress={"bad": {1, 2}})
-    assert load(saved, *run.parts) == {"epoch": 2}
+    packed = pack(*run.parts, Position(), {})
+    before = packed.files()
+    run.train(0, 2)
+    assert packed.files() == before
+
+
+def test_marker_comes_last():
+    names = list(pack(*Run().parts, Position(), {}).files())
+    assert names[-1] == "state.json"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
@@ -188,9 +224,9 @@ def test_broken_state_is_named(saved, content):
 
 
 def test_other_format_is_refused(saved):
-    state = json.loads((saved / "state.json").read_text()) | {"format_version": 2}
+    state = json.loads((saved / "state.json").read_text()) | {"format_version": 3}
     (saved / "state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="format_version 2; this program reads 1"):
+    with pytest.raises(CheckpointError, match="format_version 3; this program reads 2"):
         load_weights(saved, Stateful())
 
 
@@ -240,16 +276,16 @@ def test_other_groups_are_refused(saved):
     parameters = list(method.parameters())
     reversed_order = torch.optim.SGD(parameters[::-1], lr=1)
     with pytest.raises(CheckpointError, match="at parameter 'frozen' of group 0"):
-        load(saved, method, reversed_order)
+        load(saved, method, reversed_order, Run().schedule)
     fewer = torch.optim.SGD(parameters[:-1], lr=1)
     last = list(dict(method.named_parameters()))[-1]
     with pytest.raises(CheckpointError, match=f"at parameter '{last}' of group 0"):
-        load(saved, method, fewer)
+        load(saved, method, fewer, Run().schedule)
 
 
 def test_state_that_is_not_a_tensor_is_refused(tmp_path):
     run = Run()
     run.method.extra = WithExtraState()
     with pytest.raises(CheckpointError, match="'extra._extra_state' is a dict.*make it a buffer"):
-        save(tmp_path, *run.parts, progress={})
+        save(tmp_path, *run.parts, notes={})
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.training.toys import NUM_CLASSES, random_batch, tiny_method, tiny_model
 from training.batch import Batch, Progress, StepOutput
 from training.distributed import reduce_sums, world_size
-from training.loop import Hooks, fit
+from training.loop import Hooks, Position, fit
 from training.methods import METHODS, SECTIONS, JointUni, build_method
 from training.methods.base import (
     EpochData,
@@ -45,10 +45,12 @@ def run(method: Method, optimizer, start_epoch: int, num_epochs: int) -> list[di
 
     hooks = Hooks(
         wrap=lambda m: m,
-        train_batches=lambda epoch, resampling: batches(epoch, num_modalities),
+        train_batches=lambda epoch, resampling, step: batches(epoch, num_modalities),
         data=EpochData(train=fresh, val=fresh),
+        signals=dict,
+        on_step=lambda position, signals: None,
+        on_trained=lambda position, validates: None,
         validate=dict,
-        on_step=lambda progress, totals: None,
         on_epoch=lambda epoch, metrics: history.append(metrics),
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
@@ -57,8 +59,8 @@ def run(method: Method, optimizer, start_epoch: int, num_epochs: int) -> list[di
         optimizer,
         scheduler,
         hooks,
+        Position(start_epoch),
         seed=3,
-        start_epoch=start_epoch,
         num_epochs=num_epochs,
         eval_every_epochs=1,
     )

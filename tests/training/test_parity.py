@@ -8,6 +8,8 @@ import torch.multiprocessing
 
 from tests.training import parity_worker
 from tests.training.parity_worker import CASES, ROWS_A
+from training.chain import order_text
+from training.loop import LOSS, ORDER
 from training.methods import METHODS
 
 TIMINGS = ("time/", "data/")
@@ -47,7 +49,10 @@ def test_two_ranks_equal_one_process(case, one, two):
                 msg=lambda m, k=key: f"{k}: {m}",
             )
         assert len(ranks[case]["steps"]) == 20
-        assert ranks[case]["steps"] == pytest.approx(alone["steps"], abs=1e-6)
+        for got, want in zip(ranks[case]["steps"], alone["steps"], strict=True):
+            assert float(got[LOSS]) == pytest.approx(float(want[LOSS]), abs=1e-6)
+            assert order_text(got[ORDER]) == order_text(want[ORDER])
+            assert (float(got["ranks"]), float(want["ranks"])) == (2, 1)
         for got, want in zip(ranks[case]["metrics"], alone["metrics"], strict=True):
             comparable = {k: v for k, v in want.items() if not k.startswith(TIMINGS)}
             assert {k: got[k] for k in comparable} == pytest.approx(comparable, abs=1e-6)

@@ -156,8 +156,9 @@ def cross_entropy_sum(logits_BC: Tensor, label_B: Tensor) -> Tensor:
 
 
 def step_output(loss: Tensor, batch: Batch, **sums: Tensor) -> StepOutput:
-    """StepOutput with `loss_sum` and `rows` filled in from a loss made of `global_mean` terms."""
+    """StepOutput of a loss made of `global_mean` terms, with what the loop wants to be reduced too:
+    `loss_sum`, `rows` and the numbers that the batch carries."""
     loss_sum = loss.detach() * (batch.global_rows / world_size())
     rows = torch.full_like(loss_sum, batch.label.shape[0])
     named = {name: value.detach() for name, value in sums.items()}
-    return StepOutput(loss, {"loss_sum": loss_sum, "rows": rows, **named})
+    return StepOutput(loss, {"loss_sum": loss_sum, "rows": rows, **named, **batch.carried})

@@ -1,4 +1,4 @@
-"""The bridge between the reader and the loop: columns become batches, resampling included."""
+"""The bridge between the reader and the loop: columns become batches, from any step on."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from data.prepare import prepare
 from data.schema import Manifest
 from service.config import load_preset
-from service.worker import WorkerRows, make_order
+from service.rows import WorkerRows, make_order
 from training.batch import Batch
 from training.methods.base import Resampling
 
@@ -32,7 +32,7 @@ def test_an_epoch_has_every_training_row_once(prepared: tuple[Manifest, Path]):
     manifest, _ = prepared
     rows = rows_of(prepared)
     for epoch in (0, 1):
-        batches = list(rows.train(epoch, None))
+        batches = list(rows.train(epoch, None, 0))
         assert len(batches) == make_order(load_preset("digits"), manifest).num_steps
         ids = torch.cat([batch.sample_id for batch in batches])
         assert len(ids.unique()) == len(ids) == manifest.rows("train")
@@ -48,7 +48,7 @@ def test_a_resampled_epoch_has_the_asked_rows_and_masks(prepared: tuple[Manifest
     sample_id = torch.cat([everyone, twice])
     keep = torch.ones(len(sample_id), 2, dtype=torch.bool)
     keep[len(everyone) :, 1] = False  # the copies keep the first modality only
-    batches = list(rows.train(3, Resampling(sample_id, keep)))
+    batches = list(rows.train(3, Resampling(sample_id, keep), 0))
     got = torch.cat([batch.sample_id for batch in batches])
     masks = torch.cat([batch.keep for batch in batches if batch.keep is not None])
     assert sorted(got.tolist()) == sorted(sample_id.tolist())
@@ -61,11 +61,26 @@ def test_a_plain_epoch_after_a_resampled_one_has_its_own_order(prepared: tuple[M
         return torch.cat([batch.sample_id for batch in batches]).tolist()
 
     straight, rows = rows_of(prepared), rows_of(prepared)
-    expected = ids(straight.train(2, None))
-    everyone = torch.tensor(ids(rows.train(0, None)))
+    expected = ids(straight.train(2, None, 0))
+    everyone = torch.tensor(ids(rows.train(0, None, 0)))
     keep = torch.ones(len(everyone), 2, dtype=torch.bool)
-    assert sorted(ids(rows.train(1, Resampling(everyone, keep)))) == sorted(expected)
-    assert ids(rows.train(2, None)) == expected
+    assert sorted(ids(rows.train(1, Resampling(everyone, keep), 0))) == sorted(expected)
+    assert ids(rows.train(2, None, 0)) == expected
+
+
+@pytest.mark.parametrize("step", [1, 7, 19, 20])
+def test_an_epoch_goes_on_from_any_step(prepared: tuple[Manifest, Path], step: int):
+    def ids(batches: Iterator[Batch]) -> list[list[int]]:
+        return [batch.sample_id.tolist() for batch in batches]
+
+    whole, resumed = rows_of(prepared), rows_of(prepared)
+    first, second = ids(whole.train(0, None, 0)), ids(whole.train(1, None, 0))
+    assert ids(resumed.train(0, None, step)) == first[step:]
+    assert ids(resumed.train(1, None, 0)) == second
+    everyone = torch.tensor(sum(first, []))
+    keep = torch.ones(len(everyone), 2, dtype=torch.bool)
+    resampled = ids(whole.train(2, Resampling(everyone, keep), 0))
+    assert ids(resumed.train(2, Resampling(everyone, keep), step)) == resampled[step:]
 
 
 def test_validation_is_the_same_from_the_cache(prepared: tuple[Manifest, Path]):

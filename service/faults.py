@@ -1,0 +1,108 @@
+"""Faults on purpose, struck by the workers themselves after an exact step: for `--chaos`.
+
+A fault strikes once in a run: its file in the run folder says when it did. Without faults nothing
+here does anything.
+"""
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from service.files import FAULTS_NAME, read_json, write_text
+from training.distributed import rank, world_size
+
+Action = Literal["kill", "term", "stop"]
+Target = Literal["worker", "node", "driver"]
+FAULT = re.compile(r"(?P<action>\w+):(?P<target>\w+)@step=(?P<step>\d+)")
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGTERM}
+TRACE_NAME = "trace.jsonl"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        action: kill (SIGKILL), term or stop (SIGTERM).
+        target: the worker of the last rank, the node it is on (its Ray process), or the driver.
+        step: steps of the run after which it strikes.
+    """
+
+    action: Action
+    target: Target
+    step: int
+
+    @property
+    def name(self) -> str:
+        """`action:target@step=N`."""
+        return f"{self.action}:{self.target}@step={self.step}"
+
+
+def parse_faults(text: str) -> list[Fault]:
+    """Faults from `kill:worker@step=40, stop:driver@step=80`, ordered by step.
+
+    Raises:
+        ValueError: the text is not a list of faults.
+    """
+    faults = []
+    for part in (part.strip() for part in text.split(",")):
+        found = FAULT.fullmatch(part)
+        known = found and found["action"] in SIGNALS and found["target"] in get_args(Target)
+        if not known:
+            raise ValueError(
+                f"{part!r} is not a fault; write ACTION:TARGET@step=N, with an action of "
+                f"{', '.join(SIGNALS)} and a target of {', '.join(get_args(Target))}, separated "
+                "by commas"
+            )
+        assert found is not None
+        faults.append(Fault(found["action"], found["target"], int(found["step"])))  # pyright: ignore[reportArgumentType]
+    return sorted(faults, key=lambda fault: fault.step)
+
+
+class Faults:
+    """The faults of a run, in a worker.
+
+    Args:
+        plan: `faults` (of `asdict(Fault)`) and `driver`, the driver's process id; None for no
+            faults.
+        folder: run folder, on shared storage.
+    """
+
+    def __init__(self, plan: dict[str, Any] | None, folder: Path):
+        self._faults = [Fault(**fault) for fault in plan["faults"]] if plan else []
+        self._driver = plan["driver"] if plan else 0
+        self._folder = folder / FAULTS_NAME
+        if self._faults:
+            self._folder.mkdir(exist_ok=True)
+
+    def resumed(self, steps_done: int) -> None:
+        """Note from which step this process goes on."""
+        self._trace("resumed", steps_done)
+
+    def strike(self, steps_done: int) -> None:
+        """Strike the faults that are due; may not return."""
+        self._trace("step", steps_done)
+        for fault in self._faults:
+            mark = self._folder / f"{fault.name}.json"
+            if fault.step <= steps_done and rank() == world_size() - 1 and not mark.exists():
+                record = {"time": time.time(), "steps_done": steps_done, **asdict(fault)}
+                write_text(mark, json.dumps(record))
+                target = {"worker": os.getpid(), "node": os.getppid(), "driver": self._driver}
+                os.kill(target[fault.target], SIGNALS[fault.action])
+
+    def _trace(self, event: str, steps_done: int) -> None:
+        if self._faults and rank() == 0:
+            line = {"event": event, "steps_done": steps_done, "time": time.time()}
+            with (self._folder / TRACE_NAME).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def struck(folder: Path) -> list[dict[str, Any]]:
+    """Records of the faults that have struck a run, in order of time."""
+    found = [read_json(path) for path in (folder / FAULTS_NAME).glob("*@step=*.json")]
+    return sorted((record for record in found if record), key=lambda record: record["time"])

@@ -1,0 +1,94 @@
+"""What rank 0 tells the world while it trains: progress file, history file, MLflow metrics."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from data.order import Order
+from service.config import RunConfig
+from service.files import (
+    HISTORY_NAME,
+    PROGRESS_NAME,
+    TRAINING_PHASES,
+    read_history,
+    write_text,
+)
+from service.tracking import RunLogger
+from training.loop import Position
+
+PROGRESS_SECONDS = 0.5
+
+
+class Reporter:
+    """Rank 0's files and MLflow metrics.
+
+    An epoch is recorded when it has been validated, and the checkpoint of its weights is safe. A
+    restarted run that validates it again records nothing: the history has one row per epoch, and
+    MLflow one point, for it ignores a metric that it has with the same step, time and value.
+
+    Args:
+        folder: run folder, on shared storage.
+        tracking: arguments of RunLogger.
+        epoch: epochs before it are done; later ones in the history are left from a lost attempt.
+    """
+
+    def __init__(
+        self, config: RunConfig, order: Order, folder: Path, tracking: dict[str, Any], epoch: int
+    ):
+        self._config = config
+        self._steps_per_epoch = order.num_steps
+        self._folder = folder
+        self._shown = 0.0
+        self._record: dict[str, Any] = {}
+        self._logger = RunLogger(**tracking)
+        rows = [row for row in read_history(folder / HISTORY_NAME) if row["epoch"] <= epoch]
+        self._recorded = int(rows[-1]["epoch"]) if rows else -1
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        write_text(folder / HISTORY_NAME, text)
+        for row in rows[-1:]:  # the process may have ended before MLflow had it
+            self._log(row)
+
+    def step(self, position: Position) -> None:
+        """Write the progress record, at most every PROGRESS_SECONDS."""
+        if time.monotonic() - self._shown > PROGRESS_SECONDS:
+            loss = float(position.totals["loss_sum"] / position.totals["rows"])
+            self._progress(position.epoch, position.step, {"train/loss": loss})
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of an epoch."""
+        alpha = {k.removeprefix("alpha/"): v for k, v in metrics.items() if k.startswith("alpha/")}
+        shown = {k: metrics[k] for k in ("train/loss", "val/accuracy") if k in metrics}
+        self._progress(epoch, self._steps_per_epoch, {"alpha": alpha, **shown})
+        if epoch <= self._recorded:
+            return
+        row = metrics | {"epoch": epoch, "time": time.time()}
+        with (self._folder / HISTORY_NAME).open("a") as file:
+            file.write(json.dumps(row, sort_keys=True) + "\n")
+        self._recorded = epoch
+        self._log(row)
+
+    def phase(self, phase: str, epoch: int) -> None:
+        """Show a phase other than training."""
+        self._progress(epoch, self._steps_per_epoch, {}, phase)
+
+    def close(self) -> int:
+        """Send what is still to be sent to MLflow; returns how many metrics it did not take."""
+        return self._logger.close() + self._logger.num_dropped
+
+    def _log(self, row: dict[str, float]) -> None:
+        self._logger.log(row, step=int(row["epoch"]), seconds=row["time"])
+
+    def _progress(
+        self, epoch: int, step: int, values: dict[str, Any], phase: str | None = None
+    ) -> None:
+        self._shown = time.monotonic()
+        main = epoch >= self._config.warmup_epochs
+        self._record |= values | {
+            "phase": phase or TRAINING_PHASES[main],
+            "epoch": epoch,
+            "num_epochs": self._config.optim.epochs,
+            "step": step,
+            "steps_per_epoch": self._steps_per_epoch,
+        }
+        write_text(self._folder / PROGRESS_NAME, json.dumps(self._record))

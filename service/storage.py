@@ -1,0 +1,250 @@
+"""Where checkpoints are kept: a folder on any pyarrow or fsspec file system, written in a thread.
+
+    <root>/step_0000000120/model.safetensors ... state.json
+    <root>/steps/0000000100.csv                               what steps 100, 101, ... were
+
+A checkpoint is complete or absent: state.json comes last and goes first. Names sort by age. Old
+checkpoints go when a new one is safe.
+"""
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from training.chain import StepRecord
+from training.checkpoint import STATE_NAME, Packed
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 300.0
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 15.0
+# No storage comes back from these by waiting.
+FINAL_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+}
+
+
+class StorageError(RuntimeError):
+    """A checkpoint could not be written; the message says what is still there."""
+
+
+def checkpoint_name(steps_done: int) -> str:
+    """Folder name of the checkpoint after this many steps of the run."""
+    return f"step_{steps_done:010d}"
+
+
+def file_system(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path in it.
+
+    Raises:
+        ValueError: neither pyarrow nor fsspec knows the scheme, or its package is missing.
+    """
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid:
+        from fsspec.core import url_to_fs
+
+        try:
+            system, path = url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"checkpoint.storage={uri} cannot be used: {error}; give a folder, or a URI that "
+                "pyarrow or an installed fsspec package knows (s3://, gs://, abfs://, ...)"
+            ) from error
+        return fs.PyFileSystem(fs.FSSpecHandler(system)), str(path)
+
+
+class CheckpointStore:
+    """The checkpoints and step records of one run.
+
+    Args:
+        system: any pyarrow file system.
+        root: folder in it; need not exist.
+    """
+
+    def __init__(self, system: fs.FileSystem, root: str):
+        self._fs = system
+        self._root = root.rstrip("/")
+
+    @classmethod
+    def at(cls, uri: str) -> "CheckpointStore":
+        """The store at a path or URI; raises like `file_system`."""
+        return cls(*file_system(uri))
+
+    def save(self, name: str, files: dict[str, bytes]) -> None:
+        """Write a checkpoint's files in the given order, the marker last."""
+        self._remove_marker(name)
+        self._fs.create_dir(self._path(name))
+        for file, content in files.items():
+            self._write(f"{name}/{file}", content)
+
+    def names(self) -> list[str]:
+        """Complete checkpoints, oldest first."""
+        selector = fs.FileSelector(self._root, allow_not_found=True)
+        folders = [
+            info for info in self._fs.get_file_info(selector) if info.base_name[:5] == "step_"
+        ]
+        markers = [f"{info.path}/{STATE_NAME}" for info in folders]
+        found = self._fs.get_file_info(markers) if markers else []
+        return sorted(
+            folder.base_name
+            for folder, marker in zip(folders, found, strict=True)
+            if marker.type == fs.FileType.File
+        )
+
+    def load(self, name: str, wanted: Collection[str] | None = None) -> dict[str, bytes]:
+        """Content of a checkpoint's files that are there, by file name."""
+        selector = fs.FileSelector(self._path(name), allow_not_found=True)
+        files = {}
+        for info in self._fs.get_file_info(selector):
+            if info.type == fs.FileType.File and (wanted is None or info.base_name in wanted):
+                with self._fs.open_input_stream(info.path) as stream:
+                    files[info.base_name] = stream.read()
+        return files
+
+    def where(self, name: str) -> str:
+        """What messages call a checkpoint."""
+        return self._path(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint; it stops being one at once."""
+        self._remove_marker(name)
+        self._fs.delete_dir(self._path(name))
+
+    def save_steps(self, first: int, records: Sequence[StepRecord]) -> None:
+        """Write what the steps from number `first` of the run on were."""
+        self._fs.create_dir(self._path("steps"))
+        lines = [f"{r.epoch},{r.step},{r.order},{r.loss!r}\n" for r in records]
+        self._write(f"steps/{first:010d}.csv", "".join(lines).encode())
+
+    def steps(self, start: int, stop: int) -> list[StepRecord]:
+        """Records of steps [start, stop) of the run, as far as they are there without a gap.
+
+        Where files overlap, after a run had to go back to an older checkpoint, the records are the
+        same; those of the later file are taken.
+        """
+        selector = fs.FileSelector(self._path("steps"), allow_not_found=True)
+        records: dict[int, StepRecord] = {}
+        for info in sorted(self._fs.get_file_info(selector), key=lambda info: info.base_name):
+            first = int(info.base_name.removesuffix(".csv"))
+            if first < stop:
+                with self._fs.open_input_stream(info.path) as stream:
+                    lines = stream.read().decode().splitlines()
+                records |= {first + i: _parse(line) for i, line in enumerate(lines)}
+        known = []
+        while start < stop and start in records:
+            known.append(records[start])
+            start += 1
+        return known
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _remove_marker(self, name: str) -> None:
+        marker = f"{self._path(name)}/{STATE_NAME}"
+        if self._fs.get_file_info(marker).type == fs.FileType.File:
+            self._fs.delete_file(marker)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._fs.open_output_stream(self._path(name)) as stream:
+            stream.write(content)
+
+
+def _parse(line: str) -> StepRecord:
+    epoch, step, order, loss = line.split(",")
+    return StepRecord(int(epoch), int(step), order, float(loss))
+
+
+class CheckpointWriter:
+    """Writes checkpoints one after the other in a thread, and removes old ones.
+
+    An error that waiting may cure is retried for RETRY_SECONDS; training goes on meanwhile.
+
+    Args:
+        store: where to.
+        num_kept: newest checkpoints to keep, besides the one named with each.
+    """
+
+    def __init__(self, store: CheckpointStore, num_kept: int):
+        self.error: StorageError | None = None
+        self._store = store
+        self._num_kept = num_kept
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(
+        self, name: str, packed: Packed, first: int, records: list[StepRecord], keep: str | None
+    ) -> None:
+        """Start to write a checkpoint, when the one before is done.
+
+        Args:
+            name: from `checkpoint_name`.
+            first: number of the first of `records`, the steps since the checkpoint before.
+            keep: a checkpoint that must stay, however old.
+        """
+        self.wait()
+        arguments = (name, packed, first, records, keep)
+        # Not a daemon: a process that ends finishes its checkpoint first.
+        self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written; look at `error` then."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(
+        self, name: str, packed: Packed, first: int, records: list[StepRecord], keep: str | None
+    ) -> None:
+        try:
+            files = packed.files()
+
+            def write() -> None:
+                self._store.save_steps(first, records)
+                self._store.save(name, files)
+
+            _retried(write, f"checkpoint {self._store.where(name)}")
+            _retried(lambda: self._prune(name, keep), "removal of old checkpoints")
+        except Exception as error:  # whatever a file system raises; handed to the training thread
+            self.error = StorageError(
+                f"checkpoint {self._store.where(name)} could not be written: "
+                f"{str(error) or repr(error)}; the checkpoints before it are intact; make room or "
+                "restore the storage, then the same command continues from the last of them"
+            )
+
+    def _prune(self, newest: str, keep: str | None) -> None:
+        names = [name for name in self._store.names() if name <= newest]
+        for name in names[: -self._num_kept]:
+            if name != keep:
+                self._store.remove(name)
+
+
+def _retried(action: Callable[[], Any], what: str) -> None:
+    pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
+    while True:
+        try:
+            action()
+        except OSError as error:
+            spent = time.monotonic() - began
+            if error.errno in FINAL_ERRORS or spent + pause > RETRY_SECONDS:
+                raise
+            if pause == FIRST_PAUSE_SECONDS:
+                log.warning("%s failed and is tried again: %s", what, error)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        else:
+            if pause > FIRST_PAUSE_SECONDS:
+                log.info("%s succeeded after %.0f s", what, time.monotonic() - began)
+            return
