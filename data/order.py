@@ -132,19 +132,18 @@ class Order:
         return step // self.window_batches
 
     def lanes_of(self, rank: int, world_size: int) -> range:
-        """Lanes of a rank.
+        """Lanes of a rank; where they do not divide evenly, shares differ by one lane.
 
         Raises:
-            DataError: the lanes cannot be dealt evenly to the workers.
+            DataError: there are more workers than lanes.
         """
-        if self.lanes % world_size:
+        if world_size > self.lanes:
             raise DataError(
-                f"train.lanes={self.lanes} is not divisible by scaling.num_workers={world_size}; "
-                "every worker owns the same number of lanes; set train.lanes to a multiple of "
-                "scaling.num_workers"
+                f"scaling.num_workers={world_size} is more than train.lanes={self.lanes}; every "
+                f"worker owns at least one lane; use at most {self.lanes} workers, or set "
+                f"train.lanes to {world_size} or more"
             )
-        share = self.lanes // world_size
-        return range(rank * share, (rank + 1) * share)
+        return range(rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size)
 
     def batch_rows(self, step: int, lanes: range) -> int:
         """Rows that neighbouring `lanes` give to global batch `step`."""

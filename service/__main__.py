@@ -19,6 +19,7 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
   midas train digits --method joint       a control, same harness
   midas train digits --optim.lr 3e-3      change any setting
   midas train digits --dry-run            show the plan, start nothing
+  midas verify RUN                        take its last steps again and compare
   midas ui                                look at the runs
 """
 
@@ -26,7 +27,7 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `midas` command; returns the exit code."""
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.verb in ("ui", "evaluate"):
+    if rest and args.verb in ("ui", "evaluate", "verify"):
         _parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
     from service.console import Console
     from service.environment import configure_ray
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.json:
         console.json_line(result)
-    return 0
+    return int(any(result.get(name) is False for name in ("verify/equal", "chaos/recovered")))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     verb("prepare", "turn raw files into shards and a manifest", preset=True)
     train = verb("train", "train, pick the best checkpoint, test it", preset=True)
     train.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    train.add_argument(
+        "--chaos",
+        metavar="FAULTS",
+        help="break the run on purpose and compare it with an unbroken one: "
+        "kill:worker@step=40,stop:driver@step=80",
+    )
+    train.add_argument("--faults", help=argparse.SUPPRESS)  # of a run that --chaos starts
     compare = verb("compare", "train methods over seeds and print a table", preset=True)
     methods, seeds = ["joint", "joint_uni", "midas"], [0, 1, 2]
     compare.add_argument(
@@ -97,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
     evaluate.add_argument("--workers", type=int, default=1, help="worker processes (default: 1)")
     evaluate.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    verify = verb("verify", "take steps of a run again and compare them", preset=False)
+    verify.add_argument("run", help="run name, or its folder")
+    verify.add_argument("--steps", metavar="A:B", help="steps A to B-1 (default: the last 20)")
+    verify.add_argument("--workers", type=int, help="worker processes (default: as the run had)")
+    verify.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
     ui = verb("ui", "open the MLflow UI on this machine", preset=False)
     ui.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
@@ -147,8 +160,15 @@ def _prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
 def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     from service import launch
     from service.cluster import check_local_capacity
+    from service.faults import parse_faults
 
     config = _config(args, rest)
+    if args.chaos:
+        from service.chaos import run_chaos
+
+        report = run_chaos(config, [args.preset, *rest], args.chaos, console)
+        console.chaos(report)
+        return report
     if args.dry_run:
         from service.plan import make_plan
 
@@ -162,7 +182,10 @@ def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
         console.status(f"run {config.name}")
         with console.counter("preparing") as progress:
             folder = launch.ensure_prepared(config, progress)
-        outcome = launch.train(config, folder, view=console.progress, debug=args.debug)
+        faults = parse_faults(args.faults) if args.faults else ()
+        outcome = launch.train(
+            config, folder, view=console.progress, faults=faults, debug=args.debug
+        )
     console.summary(outcome)
     return outcome.result
 
@@ -174,14 +197,33 @@ def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
-    from service import launch
+    from service import inspection
     from service.config import ScalingConfig
 
     console.status(f"evaluating {args.run} on {args.split}")
     scaling = ScalingConfig(num_workers=args.workers, device=args.device)
-    result = launch.evaluate(args.run, args.storage, args.split, scaling, debug=args.debug)
+    result = inspection.evaluate(args.run, args.storage, args.split, scaling, debug=args.debug)
     console.metrics_table(result)
     return result
+
+
+def _verify(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import inspection
+
+    console.status(f"taking steps of {args.run} again")
+    steps = _steps(args.steps) if args.steps else None
+    result = inspection.verify(args.run, args.storage, steps, args.workers, debug=args.debug)
+    console.verified(result)
+    return result
+
+
+def _steps(text: str) -> tuple[int, int]:
+    from service.config import ConfigError
+
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise ConfigError(f"--steps {text} must be two numbers A:B, as in --steps 100:120")
+    return int(start), int(stop)
 
 
 def _ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
@@ -199,6 +241,7 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, 
     "train": _train,
     "compare": _compare,
     "evaluate": _evaluate,
+    "verify": _verify,
     "ui": _ui,
 }
 

@@ -54,14 +54,14 @@ def ray_session(config: RunConfig, *, debug: bool) -> Iterator[None]:
 
 
 def _start_ray(address: str | None, *, debug: bool) -> None:
-    """Join the cluster at `address`, or start one of this machine; check_local_capacity was before."""
+    """Join the cluster at `address`, or start one that has the cores of this machine."""
     import ray
 
     cluster: dict[str, Any] = {
         "address": "local",
-        "num_cpus": _num_cores(),
+        "num_cpus": num_cores(),
         "include_dashboard": False,
-        "object_store_memory": _object_store_bytes(),
+        "object_store_memory": object_store_bytes(),
     }
     what = "start on this machine"
     remedy = (
@@ -147,6 +147,49 @@ def run_workers(
     return returned
 
 
+class Nodes:
+    """A Ray cluster of several nodes on this machine: a head without CPUs, and one per worker.
+
+    Args:
+        count: nodes beside the head.
+        cpus: logical CPUs of each; the machine's cores are shared among all.
+    """
+
+    def __init__(self, count: int, cpus: int):
+        from ray.cluster_utils import Cluster
+
+        self._store = object_store_bytes() // (count + 1)
+        self._cpus = cpus
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": self._store}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(count):
+            self.replace()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of commands that join."""
+        return {**os.environ, "RAY_ADDRESS": str(self._cluster.address)}
+
+    def replace(self) -> None:
+        """Add a node in the place of a lost one."""
+        self._cluster.add_node(num_cpus=self._cpus, object_store_memory=self._store)
+
+    def close(self) -> None:
+        """End all nodes."""
+        self._cluster.shutdown()
+
+
+@contextlib.contextmanager
+def local_nodes(count: int, cpus: int) -> Iterator[Nodes]:
+    """Nodes for as long as the body runs."""
+    configure_ray()
+    nodes = Nodes(count, cpus)
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+
+
 def check_local_capacity(scaling: ScalingConfig) -> None:
     """Without a cluster address, the workers must fit this machine.
 
@@ -155,7 +198,7 @@ def check_local_capacity(scaling: ScalingConfig) -> None:
     """
     if environment()["RAY_ADDRESS"]:
         return
-    cores, wanted = _num_cores(), scaling.min_workers * scaling.cpus_per_worker
+    cores, wanted = num_cores(), scaling.min_workers * scaling.cpus_per_worker
     if wanted > cores:
         raise RunError(
             f"scaling.num_workers={scaling.num_workers} with scaling.cpus_per_worker="
@@ -190,12 +233,13 @@ def _use_gpu(scaling: ScalingConfig, have: Mapping[str, float]) -> bool:
     return scaling.device == "gpu" or (scaling.device == "auto" and enough)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _object_store_bytes() -> int:
+def object_store_bytes() -> int:
     """A quarter of the memory that is free in /dev/shm, at most 4 GiB, at least 256 MiB."""
     shm = Path("/dev/shm")
     if not shm.is_dir():

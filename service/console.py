@@ -45,6 +45,8 @@ RESULT_ROWS = {
     "zero_out_accuracy": "zero-out accuracy",
 }
 
+CHAOS_COLUMNS = ("seconds_to_first_new_step", "steps_replayed")
+
 # "phase", "epoch" (0-based), "num_epochs", "step" (done in this epoch), "steps_per_epoch" and,
 # once they are known, "train/loss", "val/accuracy", "alpha" (by modality).
 Progress = Mapping[str, Any]
@@ -163,6 +165,37 @@ class Console:
             )
         self.out.print(table)
         self.out.print(Text(f"mean ± sample standard deviation over {num_seeds} seeds", "dim"))
+
+    def verified(self, result: Mapping[str, Any]) -> None:
+        """Prints whether steps of a run came out the same again."""
+        steps, start = result["verify/steps"], result["verify/from"]
+        text = f"{steps} steps taken again from {start} by {result['verify/workers']} workers: "
+        if result["verify/equal"]:
+            exact = "equal in every bit" if result["verify/bit_equal"] else "equal up to rounding"
+            self.out.print(Text.assemble(text, (exact, "bold green")))
+            return
+        difference = (
+            f"step {result['verify/first_difference']} differs in {result['verify/differs_in']}: "
+            f"{result['verify/expected']} then, {result['verify/got']} now"
+        )
+        self.out.print(Text.assemble(text, (difference, "bold red")), soft_wrap=True)
+
+    def chaos(self, report: Mapping[str, Any]) -> None:
+        """Prints the card of a run that was broken on purpose."""
+        table = _new_table("fault", "recovered", "s to first new step", "steps replayed")
+        for key in report:
+            head, _, tail = key.rpartition("/")
+            if tail == "recovered" and head != "chaos":
+                cells = [report.get(f"{head}/{n}") for n in CHAOS_COLUMNS]
+                shown = ["" if cell is None else f"{cell:.3g}" for cell in cells]
+                answer = "yes" if report[key] else "no"
+                table.add_row(head.removeprefix("chaos/"), answer, *shown)
+        self.out.print(table)
+        spread = report["chaos/max_weight_difference"]
+        equal = report["chaos/final_weights_equal"]
+        weights = "equal in every bit" if equal else f"differ by up to {spread}"
+        order = "equal" if report["chaos/order_equal"] else "different"
+        self._places({"weights": f"{weights} (final, against the unbroken run)", "order": order})
 
     def error_panel(self, message: str) -> None:
         """Prints one paragraph in red on stderr."""

@@ -11,15 +11,15 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from service.files import FAULTS_NAME, read_json, write_text
+from service.files import FAULTS_NAME, read_history, read_json, write_text
 from training.distributed import rank, world_size
 
-Action = Literal["kill", "term", "stop"]
-Target = Literal["worker", "node", "driver"]
+TARGETS = ("worker", "node", "driver")
 FAULT = re.compile(r"(?P<action>\w+):(?P<target>\w+)@step=(?P<step>\d+)")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGTERM}
+RESIZE = "workers"
 TRACE_NAME = "trace.jsonl"
 
 
@@ -28,13 +28,15 @@ class Fault:
     """One fault.
 
     Attributes:
-        action: kill (SIGKILL), term or stop (SIGTERM).
-        target: the worker of the last rank, the node it is on (its Ray process), or the driver.
+        action: kill (SIGKILL), term or stop (SIGTERM); or workers, to stop the driver and go on
+            with another number of them.
+        target: the worker of the last rank, the node it is on (its Ray process), or the driver;
+            or the number of workers.
         step: steps of the run after which it strikes.
     """
 
-    action: Action
-    target: Target
+    action: str
+    target: str
     step: int
 
     @property
@@ -52,16 +54,20 @@ def parse_faults(text: str) -> list[Fault]:
     faults = []
     for part in (part.strip() for part in text.split(",")):
         found = FAULT.fullmatch(part)
-        known = found and found["action"] in SIGNALS and found["target"] in get_args(Target)
-        if not known:
+        if not found or not _is_known(found["action"], found["target"]):
             raise ValueError(
                 f"{part!r} is not a fault; write ACTION:TARGET@step=N, with an action of "
-                f"{', '.join(SIGNALS)} and a target of {', '.join(get_args(Target))}, separated "
-                "by commas"
+                f"{', '.join(SIGNALS)} and a target of {', '.join(TARGETS)}, or workers:NUMBER@"
+                "step=N, separated by commas"
             )
-        assert found is not None
-        faults.append(Fault(found["action"], found["target"], int(found["step"])))  # pyright: ignore[reportArgumentType]
+        faults.append(Fault(found["action"], found["target"], int(found["step"])))
     return sorted(faults, key=lambda fault: fault.step)
+
+
+def _is_known(action: str, target: str) -> bool:
+    if action == RESIZE:
+        return target.isdecimal() and int(target) > 0
+    return action in SIGNALS and target in TARGETS
 
 
 class Faults:
@@ -92,14 +98,20 @@ class Faults:
             if fault.step <= steps_done and rank() == world_size() - 1 and not mark.exists():
                 record = {"time": time.time(), "steps_done": steps_done, **asdict(fault)}
                 write_text(mark, json.dumps(record))
-                target = {"worker": os.getpid(), "node": os.getppid(), "driver": self._driver}
-                os.kill(target[fault.target], SIGNALS[fault.action])
+                known = {"worker": os.getpid(), "node": os.getppid()}
+                number = SIGNALS.get(fault.action, signal.SIGTERM)
+                os.kill(known.get(fault.target, self._driver), number)
 
     def _trace(self, event: str, steps_done: int) -> None:
         if self._faults and rank() == 0:
             line = {"event": event, "steps_done": steps_done, "time": time.time()}
             with (self._folder / TRACE_NAME).open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def read_trace(folder: Path) -> list[dict[str, Any]]:
+    """What rank 0 noted of the steps of a run with faults, in order of time."""
+    return read_history(folder / FAULTS_NAME / TRACE_NAME)
 
 
 def struck(folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from data.prepare import default_folder, prepare
-from data.schema import Manifest, Split, load_manifest, verify_shards
+from data.schema import Manifest, load_manifest
 from service import tracking
 from service.cluster import (
     RunError,
@@ -29,7 +28,7 @@ from service.cluster import (
     run_workers,
     signals_ignored,
 )
-from service.config import ConfigError, RunConfig, ScalingConfig, config_yaml, difference
+from service.config import ConfigError, RunConfig, config_yaml, difference
 from service.environment import environment
 from service.faults import Fault
 from service.figures import curves
@@ -153,43 +152,6 @@ def train(
     return RunOutcome(folder, run.result, finished_before=False)
 
 
-def evaluate(
-    run: str, storage: str, split: Split, scaling: ScalingConfig, *, debug: bool = False
-) -> dict[str, Any]:
-    """Evaluate the best checkpoint of a finished run on a split.
-
-    Args:
-        run: run name under `storage`, or the run's folder.
-        scaling: workers to evaluate with; the result does not depend on it.
-
-    Raises:
-        ConfigError: there is no such finished run, or its data is not there any more.
-    """
-    folder = (Path(run) if (Path(run) / RESULT_NAME).is_file() else Path(storage) / run).resolve()
-    result = read_json(folder / RESULT_NAME)
-    if result is None:
-        found = sorted(p.parent.name for p in Path(storage).glob(f"*/{RESULT_NAME}"))
-        raise ConfigError(
-            f"{folder} holds no {RESULT_NAME}; a finished run has one; finished runs under "
-            f"{storage}: {', '.join(found) or 'none'}; the command that started a run continues it"
-        )
-    config = RunConfig.model_validate(yaml.safe_load((folder / CONFIG_NAME).read_text()))
-    config = config.model_copy(update={"scaling": scaling})
-    manifest, data_folder = _data_of(folder, result)
-    payload = _payload(config, manifest, data_folder) | {
-        "checkpoint": result["checkpoint"],
-        "split": split,
-    }
-    began = time.monotonic()
-    scratch = folder.parent / f".evaluate-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
-    try:
-        with ray_session(config, debug=debug):
-            returned = run_workers("evaluate_worker", scaling, scratch, payload)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return {**returned["metrics"], "name": config.name, "seconds": time.monotonic() - began}
-
-
 def check_plan(config: RunConfig, manifest: Manifest) -> None:
     """Check what needs the data's sizes: machine, order, model and method.
 
@@ -224,7 +186,7 @@ class _Run:
 
     def payload(self) -> dict[str, Any]:
         """Arguments of `train_worker`."""
-        return _payload(self._config, self._manifest, self._data_folder) | {
+        return base_payload(self._config, self._manifest, self._data_folder) | {
             "run_folder": str(self._folder),
             "tracking": {"uri": self._uri, "run_id": self._run_id},
             "faults": self._faults,
@@ -349,27 +311,14 @@ def checkpoint_store(config: RunConfig) -> CheckpointStore:
         raise ConfigError(str(error)) from error
 
 
-def _payload(config: RunConfig, manifest: Manifest, data_folder: Path) -> dict[str, Any]:
+def base_payload(config: RunConfig, manifest: Manifest, data_folder: Path) -> dict[str, Any]:
+    """What every function of service/worker.py needs."""
     return {
         "checkpoints": checkpoints_uri(config),
         "config": config.model_dump(mode="json"),
         "manifest": manifest.model_dump(mode="json"),
         "data_folder": str(data_folder.resolve()),
     }
-
-
-def _data_of(folder: Path, result: dict[str, Any]) -> tuple[Manifest, Path]:
-    """The data a run was trained on, verified; looked for where it was, and beside the run."""
-    recorded = Path((read_json(folder / RUN_NAME) or {})["data_folder"])
-    data_folder = recorded if recorded.is_dir() else folder.parent / "shards" / recorded.name
-    manifest = load_manifest(data_folder)
-    if manifest.digest != result["data_digest"]:
-        raise ConfigError(
-            f"the data in {data_folder} has digest {manifest.digest[:12]}, the run was trained on "
-            f"{result['data_digest'][:12]}; evaluate on the data of the run"
-        )
-    verify_shards(manifest, data_folder)
-    return manifest, data_folder
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ checkpoints go when a new one is safe.
 
 import errno
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -122,7 +123,7 @@ class CheckpointStore:
     def save_steps(self, first: int, records: Sequence[StepRecord]) -> None:
         """Write what the steps from number `first` of the run on were."""
         self._fs.create_dir(self._path("steps"))
-        lines = [f"{r.epoch},{r.step},{r.order},{r.loss!r}\n" for r in records]
+        lines = [f"{r.epoch},{r.step},{r.order},{r.loss!r},{r.workers}\n" for r in records]
         self._write(f"steps/{first:010d}.csv", "".join(lines).encode())
 
     def steps(self, start: int, stop: int) -> list[StepRecord]:
@@ -145,6 +146,10 @@ class CheckpointStore:
             start += 1
         return known
 
+    def num_steps(self) -> int:
+        """Steps of the run that are recorded, counted from its start without a gap."""
+        return len(self.steps(0, sys.maxsize))
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -159,8 +164,8 @@ class CheckpointStore:
 
 
 def _parse(line: str) -> StepRecord:
-    epoch, step, order, loss = line.split(",")
-    return StepRecord(int(epoch), int(step), order, float(loss))
+    epoch, step, order, loss, workers = line.split(",")
+    return StepRecord(int(epoch), int(step), order, float(loss), int(workers))
 
 
 class CheckpointWriter:

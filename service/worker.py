@@ -6,30 +6,33 @@ Everything a worker needs arrives in one JSON-like payload; what it returns (fro
 `{"stopped": message}` when the driver asked to stop.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data.schema import Manifest, Split
 from service.config import ConfigError, RunConfig
 from service.faults import Faults
 from service.files import STOP_NAME
+from service.keeper import Keeper
 from service.reporting import Reporter
 from service.rows import WorkerRows, make_order
-from service.storage import CheckpointStore, CheckpointWriter, StorageError, checkpoint_name
+from service.storage import CheckpointStore, StorageError, checkpoint_name
 from training import checkpoint as checkpoints
-from training.chain import Chain, StepRecord, order_text
-from training.distributed import rank, world_size
+from training.chain import StepRecord, order_text
+from training.distributed import add_in_rank_order, from_rank_zero, rank, world_size
 from training.encoders import ModalityKind, build_model
 from training.evaluation import evaluate
 from training.loop import LOSS, ORDER, Hooks, Position, fit
@@ -138,62 +141,164 @@ def evaluate_worker(payload: dict[str, Any]) -> dict[str, Any]:
         payload: `config`, `manifest`, `data_folder` and `checkpoints` as for `train_worker`, the
             name of the `checkpoint`, and `split`.
     """
-    config = RunConfig.model_validate(payload["config"])
-    manifest = Manifest.model_validate(payload["manifest"])
-    device = ray.train.torch.get_device()
-    rows = WorkerRows(config, manifest, payload["data_folder"], device)
-    method = make_method(config, manifest).to(device)
+    state = _State(payload)
     try:
-        _load_weights(CheckpointStore.at(payload["checkpoints"]), payload["checkpoint"], method)
+        state.load_weights(payload["checkpoint"])
     except checkpoints.CheckpointError as error:
         return {"error": str(error)}
-    return {"metrics": _evaluate_split(method, rows, payload["split"], config, device)}
+    return {"metrics": state.test(payload["split"])}
+
+
+def verify_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Take steps of a run again; returns their `records`, as JSON values.
+
+    Args:
+        payload: as for `evaluate_worker`, `checkpoint` None to begin at the start of the run, and
+            `start` and `stop`, numbers of steps of the run.
+    """
+    state = _State(payload)
+    name = payload["checkpoint"]
+    try:
+        position = state.load(name)[0] if name else Position()
+    except checkpoints.CheckpointError as error:
+        return {"error": str(error)}
+    records = _Replay(state, payload["start"], payload["stop"]).fit(position)
+    return {"records": [asdict(record) for record in records]}
+
+
+class _State:
+    """What a worker trains with: rows, method, optimizer and schedule, built from the payload."""
+
+    def __init__(self, payload: dict[str, Any]):
+        self.config = config = RunConfig.model_validate(payload["config"])
+        self.manifest = Manifest.model_validate(payload["manifest"])
+        self.device = ray.train.torch.get_device()
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.rows = WorkerRows(config, self.manifest, payload["data_folder"], self.device)
+        self.method = make_method(config, self.manifest).to(self.device)
+        self.optimizer = build_optimizer(config.optim, self.method)
+        self.schedule = build_schedule(config.optim, self.optimizer, config.warmup_epochs)
+        self.store = CheckpointStore.at(payload["checkpoints"])
+
+    def load(self, name: str) -> tuple[Position, dict[str, Any]]:
+        """Restore a checkpoint; returns its position and notes."""
+        files, where = self.store.load(name), self.store.where(name)
+        return checkpoints.load(files, where, self.method, self.optimizer, self.schedule)
+
+    def load_weights(self, name: str) -> None:
+        """Restore parameters and buffers only."""
+        files = self.store.load(name, checkpoints.WEIGHTS_FILES)
+        checkpoints.load_weights(files, self.store.where(name), self.method)
+
+    def pack(self, position: Position, notes: dict[str, Any]) -> checkpoints.Packed:
+        """Copy the state of training."""
+        return checkpoints.pack(self.method, self.optimizer, self.schedule, position, notes)
+
+    def fit(self, hooks: Hooks, position: Position) -> None:
+        """Run the loop."""
+        fit(
+            *(self.method, self.optimizer, self.schedule, hooks, position),
+            seed=self.config.train.seed,
+            num_epochs=self.config.optim.epochs,
+            eval_every_epochs=self.config.train.eval_every_epochs,
+        )
+
+    def wrap(self, method: Method) -> nn.Module:
+        """The method inside DDP, if there are other ranks."""
+        # Buffers: running statistics are not read in training, the loop synchronises them every
+        # epoch, and what steers a method is equal on every rank by construction.
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        wrapped = ray.train.torch.prepare_model(method, parallel_strategy_kwargs=options)
+        if self.config.train.deterministic and isinstance(wrapped, DistributedDataParallel):
+            add_in_rank_order(wrapped)
+        return wrapped
+
+    def evaluate(self, split: Split, *, subsets: bool) -> dict[str, float]:
+        """Metrics of a split, without prefix."""
+        return evaluate(
+            *(self.method, self.rows.evaluation(split)),
+            seed=self.config.train.seed,
+            subsets=subsets,
+            device=self.device,
+        )
+
+    def test(self, split: Split) -> dict[str, float]:
+        """All metrics of a split, `<split>/<metric>`."""
+        metrics = self.evaluate(split, subsets=True)
+        return {f"{split}/{name}": value for name, value in metrics.items()}
+
+    @property
+    def data(self) -> EpochData:
+        """Passes over the data for `Method.before_epoch`."""
+        return EpochData(lambda: self.rows.evaluation("train"), lambda: self.rows.evaluation("val"))
+
+
+class _Replay:
+    """Takes some steps of a run again, and writes nothing."""
+
+    def __init__(self, state: _State, start: int, stop: int):
+        self._state = state
+        self._start, self._stop = start, stop
+        self._records: list[StepRecord] = []
+
+    def fit(self, position: Position) -> list[StepRecord]:
+        """Records of steps [start, stop) of the run, going from `position`."""
+        hooks = Hooks(
+            wrap=self._state.wrap,
+            train_batches=self._state.rows.train,
+            data=self._state.data,
+            signals=dict,
+            on_step=self._on_step,
+            on_trained=lambda position, validates: None,
+            validate=dict,
+            on_epoch=lambda epoch, metrics: None,
+        )
+        with contextlib.suppress(Stopped):
+            self._state.fit(hooks, position)
+        return self._records
+
+    def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
+        if position.steps_done > self._start:
+            order, loss = order_text(signals[ORDER]), float(signals[LOSS])
+            record = StepRecord(position.epoch, position.step - 1, order, loss, world_size())
+            self._records.append(record)
+        if position.steps_done == self._stop:
+            raise Stopped
 
 
 class _Training:
-    """One worker's part in a run: state, hooks of the loop, checkpoints."""
+    """One worker's part in a run: hooks of the loop, checkpoints, reports."""
 
     def __init__(self, payload: dict[str, Any]):
-        self._config = config = RunConfig.model_validate(payload["config"])
-        self._manifest = manifest = Manifest.model_validate(payload["manifest"])
-        self._device = ray.train.torch.get_device()
-        self._rows = WorkerRows(config, manifest, payload["data_folder"], self._device)
-        self._method = make_method(config, manifest).to(self._device)
-        self._optimizer = build_optimizer(config.optim, self._method)
-        self._schedule = build_schedule(config.optim, self._optimizer, config.warmup_epochs)
-        self._store = CheckpointStore.at(payload["checkpoints"])
-        self._keeper = _Keeper(config, self._store, payload, self._pack)
-        self._payload = payload
+        self._state = state = _State(payload)
+        self._keeper = Keeper(state.config.checkpoint, state.store, state.pack)
+        self._folder = Path(payload["run_folder"])
+        self._tracking = payload["tracking"]
         self._reporter: Reporter | None = None
         self._stop_seen, self._stop_polled = False, 0.0
-        self._faults = Faults(payload["faults"], Path(payload["run_folder"]))
+        self._faults = Faults(payload["faults"], self._folder)
 
     def fit(self) -> dict[str, Any]:
         """Train from the newest checkpoint on, or from the start; test the best one."""
-        position = self._resume()
-        order = make_order(self._config, self._manifest)
+        position, state = self._resume(), self._state
         if rank() == 0:
-            folder, tracking = Path(self._payload["run_folder"]), self._payload["tracking"]
-            self._reporter = Reporter(self._config, order, folder, tracking, position.epoch)
+            order = make_order(state.config, state.manifest)
+            self._reporter = Reporter(
+                state.config, order, self._folder, self._tracking, position.epoch
+            )
         self._faults.resumed(position.steps_done)
         hooks = Hooks(
-            wrap=_wrap,
-            train_batches=self._rows.train,
-            data=EpochData(
-                lambda: self._rows.evaluation("train"), lambda: self._rows.evaluation("val")
-            ),
+            wrap=state.wrap,
+            train_batches=state.rows.train,
+            data=state.data,
             signals=self._signals,
             on_step=self._on_step,
             on_trained=self._on_trained,
             validate=self._validate,
             on_epoch=self._on_epoch,
         )
-        fit(
-            *(self._method, self._optimizer, self._schedule, hooks, position),
-            seed=self._config.train.seed,
-            num_epochs=self._config.optim.epochs,
-            eval_every_epochs=self._config.train.eval_every_epochs,
-        )
+        state.fit(hooks, position)
         return self._test_best()
 
     def close(self) -> int:
@@ -207,37 +312,24 @@ class _Training:
         Raises:
             CheckpointError: there are checkpoints, but none can be used.
         """
-        problems: list[str] = []
-        name, position, notes = None, Position(), None
+        found: tuple[Position, dict[str, Any]] | None = None
+        name, problem = None, None
         if rank() == 0:
-            for name in reversed(self._store.names()):
+            for name in reversed(self._state.store.names()):
                 try:
-                    position, notes = self._load(name)
+                    found = self._state.load(name)
                     break
                 except checkpoints.CheckpointError as error:
                     log.warning("%s", error)
-                    problems.append(str(error))
-            else:
-                name = None
-        name, problem = ray.train.collective.broadcast_from_rank_zero(
-            (name, problems[0] if problems and notes is None else None)
-        )
+                    problem = problem or str(error)
+        name, problem = from_rank_zero((name if found else None, None if found else problem))
         if problem:
             raise checkpoints.CheckpointError(problem)
-        if name is not None:
-            if rank() > 0:
-                position, notes = self._load(name)
-            assert notes is not None
-            self._keeper.restore(position, notes)
+        if name is None:
+            return Position()
+        position, notes = found or self._state.load(name)
+        self._keeper.restore(position, notes)
         return position
-
-    def _load(self, name: str) -> tuple[Position, dict[str, Any]]:
-        files, where = self._store.load(name), self._store.where(name)
-        return checkpoints.load(files, where, self._method, self._optimizer, self._schedule)
-
-    def _pack(self, position: Position, notes: dict[str, Any]) -> checkpoints.Packed:
-        parts = (self._method, self._optimizer, self._schedule)
-        return checkpoints.pack(*parts, position, notes)
 
     def _signals(self) -> dict[str, Tensor]:
         flags = {
@@ -246,14 +338,15 @@ class _Training:
             FAILED: self._keeper.error is not None,
         }
         return {
-            name: torch.tensor(float(flag), device=self._device) for name, flag in flags.items()
+            name: torch.tensor(float(flag), device=self._state.device)
+            for name, flag in flags.items()
         }
 
     def _stop_asked(self) -> bool:
         """Whether the driver left its note; looked for by rank 0, not in every step."""
         if rank() == 0 and time.monotonic() - self._stop_polled > STOP_POLL_SECONDS:
             self._stop_polled = time.monotonic()
-            self._stop_seen |= (Path(self._payload["run_folder"]) / STOP_NAME).exists()
+            self._stop_seen |= (self._folder / STOP_NAME).exists()
         return self._stop_seen
 
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
@@ -287,17 +380,12 @@ class _Training:
         self._keeper.candidate = checkpoint_name(position.steps_done) if validates else None
 
     def _validate(self) -> dict[str, float]:
-        metrics = evaluate(
-            *(self._method, self._rows.evaluation("val")),
-            seed=self._config.train.seed,
-            subsets=False,
-            device=self._device,
-        )
+        metrics = self._state.evaluate("val", subsets=False)
         return {_val_name(name): value for name, value in metrics.items()}
 
     def _on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         if "val/accuracy" in metrics:
-            self._keeper.validated(epoch, metrics, self._method.is_main_phase(epoch))
+            self._keeper.validated(epoch, metrics, self._state.method.is_main_phase(epoch))
             self._keeper.wait()
         if self._reporter and self._keeper.error is None:
             self._reporter.epoch(epoch, metrics)
@@ -305,137 +393,17 @@ class _Training:
     def _test_best(self) -> dict[str, Any]:
         """Load the checkpoint with the best validation accuracy of the main phase and test it."""
         if self._reporter:
-            self._reporter.phase("evaluate", self._config.optim.epochs - 1)
+            self._reporter.phase("evaluate", self._state.config.optim.epochs - 1)
         self._keeper.agree()
-        best = self._keeper.best
+        best, chain = self._keeper.best, self._keeper.chain
         assert best is not None
-        _load_weights(self._store, best["name"], self._method)
-        test = _evaluate_split(self._method, self._rows, "test", self._config, self._device)
-        chain = self._keeper.chain
+        self._state.load_weights(best["name"])
         return {
-            "metrics": {**best["metrics"], **test, "best_epoch": best["epoch"]},
+            "metrics": {**best["metrics"], **self._state.test("test"), "best_epoch": best["epoch"]},
             "checkpoint": best["name"],
             "order_chain": chain.order,
             "loss_chain": chain.loss,
         }
-
-
-class _Keeper:
-    """When and what to save: step records, the chain over them, the best checkpoint.
-
-    Every rank has one and knows the best checkpoint; rank 0 takes records and writes.
-    """
-
-    def __init__(
-        self, config: RunConfig, store: CheckpointStore, payload: dict[str, Any], pack: Any
-    ):
-        self.best: dict[str, Any] | None = None
-        self.candidate: str | None = None
-        self.chain = Chain()
-        self._settings = config.checkpoint
-        self._pack = pack
-        self._writer = CheckpointWriter(store, config.checkpoint.keep)
-        self._pending: list[tuple[int, int, Tensor, Tensor]] = []
-        self._saved_steps, self._saved_at = 0, time.monotonic()
-
-    @property
-    def error(self) -> StorageError | None:
-        """What kept the last checkpoint from being written; rank 0 knows."""
-        return self._writer.error
-
-    def restore(self, position: Position, notes: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.best, self.chain = notes["best"], Chain(**notes["chain"])
-        self._saved_steps = position.steps_done
-
-    def step(self, position: Position, signals: dict[str, Tensor]) -> None:
-        """Take the record of a step; save if it is time."""
-        if rank() > 0:
-            return
-        record = (position.epoch, position.step - 1, signals[ORDER], signals[LOSS])
-        self._pending.append(record)
-        if not self._writer.busy and self._is_due(position):
-            self.save(position)
-
-    def _is_due(self, position: Position) -> bool:
-        every, seconds = self._settings.every_steps, self._settings.every_seconds
-        steps = position.steps_done - self._saved_steps
-        return bool(every and steps >= every) or time.monotonic() - self._saved_at >= seconds
-
-    def save(self, position: Position) -> None:
-        """Start to write a checkpoint of this position."""
-        if rank() > 0 or position.steps_done == self._saved_steps:
-            return
-        records = self._take_records()
-        notes = {"best": self.best, "chain": vars(self.chain), "workers": world_size()}
-        self._writer.submit(
-            checkpoint_name(position.steps_done),
-            self._pack(position, notes),
-            self._saved_steps,
-            records,
-            keep=self.best["name"] if self.best else None,
-        )
-        self._saved_steps, self._saved_at = position.steps_done, time.monotonic()
-
-    def validated(self, epoch: int, metrics: dict[str, float], main_phase: bool) -> None:
-        """Compare the candidate with the best of the main phase so far; the earlier one wins."""
-        if not main_phase:
-            return
-        if self.best is None or metrics["val/accuracy"] > self.best["metrics"]["val/accuracy"]:
-            chosen = {name: value for name, value in metrics.items() if name.startswith("val/")}
-            self.best = {"name": self.candidate, "epoch": epoch, "metrics": chosen}
-
-    def wait(self) -> None:
-        """Return when nothing is being written."""
-        self._writer.wait()
-
-    def agree(self) -> None:
-        """Meet the other ranks when rank 0 has written everything.
-
-        Raises:
-            StorageError: on every rank, if rank 0 could not write.
-        """
-        self._take_records()
-        self.wait()
-        message = str(self.error) if self.error else None
-        if message := ray.train.collective.broadcast_from_rank_zero(message):
-            raise StorageError(message)
-
-    def _take_records(self) -> list[StepRecord]:
-        records = []
-        if self._pending:
-            losses = torch.stack([loss for *_, loss in self._pending]).tolist()
-            orders = torch.stack([order for _, _, order, _ in self._pending]).cpu()
-            records = [
-                StepRecord(epoch, step, order_text(digest), loss)
-                for (epoch, step, *_), digest, loss in zip(
-                    self._pending, orders, losses, strict=True
-                )
-            ]
-        self._pending = []
-        self.chain = self.chain.extended(records)
-        return records
-
-
-def _load_weights(store: CheckpointStore, name: str, method: Method) -> None:
-    files = store.load(name, checkpoints.WEIGHTS_FILES)
-    checkpoints.load_weights(files, store.where(name), method)
-
-
-def _evaluate_split(
-    method: Method, rows: WorkerRows, split: Split, config: RunConfig, device: torch.device
-) -> dict[str, float]:
-    metrics = evaluate(
-        method, rows.evaluation(split), seed=config.train.seed, subsets=True, device=device
-    )
-    return {f"{split}/{name}": value for name, value in metrics.items()}
-
-
-def _wrap(method: Method) -> nn.Module:
-    # Buffers: running statistics are not read in training, the loop synchronises them every epoch,
-    # and what steers a method is equal on every rank by construction.
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    return ray.train.torch.prepare_model(method, parallel_strategy_kwargs=options)
 
 
 def _val_name(name: str) -> str:

@@ -15,14 +15,15 @@ ALLOWED = {
     "mlflow": ("service/tracking.py",),
     "torch.distributed": ("training/distributed.py",),
     "torch": (
-        *("training/", "service/worker.py", "service/rows.py", "service/plan.py"),
+        *("training/", "service/worker.py", "service/rows.py", "service/keeper.py"),
+        "service/plan.py",
         "data/features.py",
     ),
     "torchaudio": ("data/features.py",),
     "rich": ("service/console.py",),
     "tyro": ("service/__main__.py",),
     "argparse": ("service/__main__.py",),
-    "yaml": ("service/config.py", "service/launch.py"),
+    "yaml": ("service/config.py", "service/launch.py", "service/inspection.py"),
 }
 ROOM_IMPORTS = {"training": ("training",), "data": ("data",), "service": ROOMS}
 

@@ -26,12 +26,14 @@ class StepRecord:
         step: 0-based step inside the epoch.
         order: 16 hexadecimal digits, see `order_digest`.
         loss: mean training loss over the rows of the global batch.
+        workers: ranks that took the step.
     """
 
     epoch: int
     step: int
     order: str
     loss: float
+    workers: int = 1
 
 
 @dataclass(frozen=True)

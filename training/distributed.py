@@ -1,8 +1,11 @@
 """The one place that talks to torch.distributed; alone, everything here is the identity."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def _active() -> bool:
@@ -38,6 +41,15 @@ def reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
         name: part.reshape(value.shape)
         for (name, value), part in zip(sums.items(), parts, strict=True)
     }
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value, on every rank; for small things that torch can pickle, not for tensors."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def sync_buffers(module: nn.Module) -> None:
@@ -91,3 +103,28 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     in `StepOutput` the averaged gradient equals that of one process (methods.md 2.7).
     """
     return rows if world_size() == 1 else _Gather.apply(rows, counts)
+
+
+def add_in_rank_order(wrapped: DistributedDataParallel) -> None:
+    """Make DDP add the gradients of ranks 0, 1, 2, ... in this order.
+
+    An all-reduce over more than two ranks adds in an order that depends on where a gradient lies
+    in its bucket, and DDP lays the buckets out anew after the first step of a process: a resumed
+    run would round differently. Costs the traffic of an all-gather.
+    """
+
+    def hook(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+        own = bucket.buffer()
+        parts = [torch.empty_like(own) for _ in range(world_size())]
+        work = dist.all_gather(parts, own, async_op=True)
+        assert work is not None
+
+        def mean(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+            total = parts[0]
+            for part in parts[1:]:
+                total += part
+            return total.div_(world_size())
+
+        return work.get_future().then(mean)
+
+    wrapped.register_comm_hook(None, hook)

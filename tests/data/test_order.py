@@ -1,6 +1,7 @@
 """The order as arithmetic: no Ray, compared with what the definition promises."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,18 @@ from data.order import Entries, Order, Read, chunk_reads
 from data.schema import DataError
 
 
-def epoch_batches(order: Order, epoch: int, rank: int, world: int) -> list[np.ndarray]:
-    """Global row numbers of this rank's part of every batch."""
+def epoch_batches(
+    order: Order, epoch: int, rank: int, world: int, step: int = 0
+) -> list[np.ndarray]:
+    """Global row numbers of this rank's part of every batch from `step` on.
+
+    As `train_stream` does, it begins with the window that holds `step` and drops what is before.
+    """
     starts = np.concatenate([[0], np.cumsum(order.group_rows)])
     batches = []
     lanes = order.lanes_of(rank, world)
-    for index in range(order.num_windows):
+    first = order.window_of(step)
+    for index in range(first, order.num_windows):
         window = order.window(epoch, index, lanes)
         rows = np.concatenate(
             [starts[r.row_group] + np.arange(r.start, r.stop) for r in window.reads]
@@ -25,10 +32,22 @@ def epoch_batches(order: Order, epoch: int, rank: int, world: int) -> list[np.nd
         assert (np.sort(window.take) == np.arange(len(rows))).all()
         assert len(rows) == order.window_rows(index, lanes)
         batches += np.split(rows, np.cumsum(window.batch_rows)[:-1])
+    skipped = first * order.window_batches
     assert [len(rows) for rows in batches] == [
-        order.batch_rows(step, lanes) for step in range(order.num_steps)
+        order.batch_rows(i, lanes) for i in range(skipped, order.num_steps)
     ]
-    return batches
+    return batches[step - skipped :]
+
+
+def global_batches(order: Order, epoch: int, world: int, step: int = 0) -> list[list[int]]:
+    """Every global batch from `step` on: the parts of all ranks, concatenated in rank order."""
+    parts = [epoch_batches(order, epoch, rank, world, step) for rank in range(world)]
+    return [np.concatenate(part).tolist() for part in zip(*parts, strict=True)]
+
+
+def epoch_rows(order: Order, epoch: int) -> np.ndarray:
+    """Row numbers of a whole epoch, in order."""
+    return np.concatenate(epoch_batches(order, epoch, 0, 1))
 
 
 @st.composite
@@ -45,14 +64,41 @@ def orders(draw) -> Order:
 @settings(max_examples=200, deadline=None)
 @given(orders(), st.integers(0, 3))
 def test_every_row_once_and_no_dependence_on_the_world_size(order: Order, epoch: int):
-    alone = epoch_batches(order, epoch, 0, 1)
+    alone = global_batches(order, epoch, 1)
     assert len(alone) == order.num_steps
-    assert np.sort(np.concatenate(alone)).tolist() == list(range(order.num_rows))
-    for world in (w for w in (2, 3, 4) if order.lanes % w == 0):
+    assert sorted(i for rows in alone for i in rows) == list(range(order.num_rows))
+    for world in range(2, order.lanes + 1):
         parts = [epoch_batches(order, epoch, rank, world) for rank in range(world)]
+        assert {len(part) for part in parts} == {order.num_steps}
         for step, whole in enumerate(alone):
-            assert np.concatenate([part[step] for part in parts]).tolist() == whole.tolist()
+            assert np.concatenate([part[step] for part in parts]).tolist() == whole
             assert min(len(part[step]) for part in parts) >= 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(orders(), st.integers(0, 3), st.data())
+def test_a_killed_run_sees_the_unbroken_sequence_whatever_its_world_sizes(
+    order: Order, epoch: int, draw
+):
+    unbroken = global_batches(order, epoch, 1)
+    kills = draw.draw(st.lists(st.integers(0, order.num_steps), min_size=1, max_size=4))
+    seen: list[list[int]] = []
+    for kill in [*kills, order.num_steps]:
+        checkpoint = draw.draw(st.integers(0, len(seen)))
+        world = draw.draw(st.integers(1, order.lanes))
+        rest = global_batches(order, epoch, world, checkpoint)
+        assert rest == unbroken[checkpoint:]
+        seen[checkpoint:] = rest[: max(0, kill - checkpoint)]
+    assert seen == unbroken
+
+
+def test_lanes_are_dealt_in_order_and_as_evenly_as_possible():
+    for lanes in range(1, 17):
+        order = Order((100,), lanes, lanes, 1, 0)
+        for world in range(1, lanes + 1):
+            shares = [order.lanes_of(rank, world) for rank in range(world)]
+            assert [lane for share in shares for lane in share] == list(range(lanes))
+            assert {len(share) for share in shares} <= {lanes // world, -(-lanes // world)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -70,26 +116,82 @@ def test_lanes_do_not_decrease_inside_a_batch():
         assert (np.diff(lane) >= 0).all()
 
 
-def test_epochs_and_seeds_differ_and_repeat():
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(orders().filter(lambda order: order.num_rows >= 100), st.integers(0, 99))
+def test_epochs_and_seeds_differ_and_repeat(order: Order, epoch: int):
+    rows = epoch_rows(order, epoch).tolist()
+    assert epoch_rows(replace(order), epoch).tolist() == rows
+    assert epoch_rows(order, epoch + 1).tolist() != rows
+    assert epoch_rows(replace(order, seed=order.seed + 1), epoch).tolist() != rows
+
+
+def test_epochs_and_seeds_share_hardly_a_place():
     order = Order((16,) * 20, 32, 8, 100, 0)
-    first = np.concatenate(epoch_batches(order, 0, 0, 1))
-    assert (first == np.concatenate(epoch_batches(order, 0, 0, 1))).all()
-    other = Order((16,) * 20, 32, 8, 100, 1)
-    for rows in (epoch_batches(order, 1, 0, 1), epoch_batches(other, 0, 0, 1)):
-        assert (first != np.concatenate(rows)).mean() > 0.9
+    rows = epoch_rows(order, 0)
+    for other in (epoch_rows(order, 1), epoch_rows(replace(order, seed=1), 0)):
+        assert (rows != other).mean() > 0.9
 
 
-def test_shuffle_separates_neighbours_like_a_random_permutation():
-    order = Order((16,) * 64, 64, 8, 100, 3)
-    together = random = 0
+# Row groups of 16 rows, 64 rows a batch, 8 lanes; a window holds the whole epoch, or an eighth.
+WHOLE = Order((16,) * 512, 64, 8, 128, 3)
+EIGHTH = replace(WHOLE, window_batches=16)
+
+
+def places(sequence: np.ndarray) -> np.ndarray:
+    """Place of every row in the sequence."""
+    place = np.empty(len(sequence), dtype=np.int64)
+    place[sequence] = np.arange(len(sequence))
+    return place
+
+
+def gaps(sequence: np.ndarray) -> np.ndarray:
+    """Distance in the sequence of rows that are neighbours in the shards."""
+    return np.abs(np.diff(places(sequence)))
+
+
+def run_length(label: np.ndarray) -> float:
+    """Mean length of the runs of equal labels."""
+    return len(label) / (1 + np.count_nonzero(np.diff(label)))
+
+
+def epochs_and_permutations(order: Order) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Some epochs, each with a random permutation to compare with; the same at every call."""
     rng = np.random.default_rng(0)
-    for epoch in range(10):
-        place = np.empty(order.num_rows, dtype=int)
-        place[np.concatenate(epoch_batches(order, epoch, 0, 1))] = np.arange(order.num_rows) // 64
-        together += int((place[1:] == place[:-1]).sum())
-        shuffled = rng.permutation(order.num_rows)
-        random += int((shuffled[1:] // 64 == shuffled[:-1] // 64).sum())
-    assert together < 1.5 * random  # neighbours on disk share a batch about as often as by chance
+    return [(epoch_rows(order, epoch), rng.permutation(order.num_rows)) for epoch in range(10)]
+
+
+def test_neighbours_are_as_far_apart_as_in_a_random_permutation():
+    pairs = epochs_and_permutations(WHOLE)
+    ours = np.mean([gaps(rows).mean() for rows, _ in pairs])
+    random = np.mean([gaps(permutation).mean() for _, permutation in pairs])
+    assert 0.95 * random < ours < 1.05 * random
+
+
+@pytest.mark.parametrize("order", [WHOLE, EIGHTH])
+def test_hardly_a_row_stays_next_to_its_neighbour(order: Order):
+    share = np.mean([(gaps(rows) == 1).mean() for rows, _ in epochs_and_permutations(order)])
+    rows_per_lane_window = order.window_rows(0, range(1))
+    assert share < 2.5 / rows_per_lane_window  # a random permutation of the window has 2 / rows
+
+
+def test_neighbours_share_a_batch_about_as_often_as_by_chance():
+    pairs = epochs_and_permutations(WHOLE)
+    size = WHOLE.global_batch_size
+    ours, random = (
+        sum(np.count_nonzero(np.diff(places(sequence) // size) == 0) for sequence in sequences)
+        for sequences in zip(*pairs, strict=True)
+    )
+    assert ours < 1.2 * random
+
+
+@pytest.mark.parametrize(("order", "longer"), [(WHOLE, 1.05), (EIGHTH, 1.3)])
+def test_label_runs_of_sorted_data_are_about_as_long_as_random_ones(order: Order, longer: float):
+    label = np.arange(order.num_rows) * 10 // order.num_rows
+    pairs = epochs_and_permutations(order)
+    ours = np.mean([run_length(label[rows]) for rows, _ in pairs])
+    random = np.mean([run_length(label[permutation]) for _, permutation in pairs])
+    assert run_length(label) > 800
+    assert ours < longer * random
 
 
 def test_errors_name_value_rule_and_remedy():
@@ -99,8 +201,10 @@ def test_errors_name_value_rule_and_remedy():
         Order((100,), 30, 8, 1, 0)
     with pytest.raises(DataError, match=r"15 rows.*8 lanes.*at most 7 lanes"):
         Order((15,), 32, 8, 1, 0)
-    with pytest.raises(DataError, match=r"train\.lanes=8 .* scaling\.num_workers=3"):
-        Order((100,), 32, 8, 1, 0).lanes_of(0, 3)
+    with pytest.raises(
+        DataError, match=r"num_workers=9 is more than train\.lanes=8.*at most 8 workers, or .* to 9"
+    ):
+        Order((100,), 32, 8, 1, 0).lanes_of(0, 9)
 
 
 def test_planning_a_long_epoch_is_arithmetic():
