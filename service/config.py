@@ -39,6 +39,8 @@ class TrainConfig(BaseModel):
     """Memory of one shuffle window over all workers, in MiB."""
     eval_every_epochs: int = Field(default=1, ge=1)
     """Epochs between validations; a checkpoint is written before each."""
+    precision: Literal["fp32", "fp64"] = "fp32"
+    """Type of weights and arithmetic; fp64 is for proofs: what differs in it is not rounding."""
     deterministic: bool = False
     """Use only algorithms that repeat bit for bit, also with more than two workers; slower. On CPUs
     with one or two workers a run repeats itself without it."""

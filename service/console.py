@@ -171,8 +171,10 @@ class Console:
         steps, start = result["verify/steps"], result["verify/from"]
         text = f"{steps} steps taken again from {start} by {result['verify/workers']} workers: "
         if result["verify/equal"]:
-            exact = "equal in every bit" if result["verify/bit_equal"] else "equal up to rounding"
-            self.out.print(Text.assemble(text, (exact, "bold green")))
+            spread = f"{result['verify/max_loss_difference']:.1g}"
+            rounding = f"same rows, losses in double precision differ by at most {spread}"
+            answer = "equal in every bit" if result["verify/exact"] else f"equal: {rounding}"
+            self.out.print(Text.assemble(text, (answer, "bold green")), soft_wrap=True)
             return
         difference = (
             f"step {result['verify/first_difference']} differs in {result['verify/differs_in']}: "

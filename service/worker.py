@@ -153,8 +153,9 @@ def verify_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Take steps of a run again; returns their `records`, as JSON values.
 
     Args:
-        payload: as for `evaluate_worker`, `checkpoint` None to begin at the start of the run, and
-            `start` and `stop`, numbers of steps of the run.
+        payload: as for `evaluate_worker`, `checkpoint` None to begin at the start of the run,
+            `start` and `stop`, numbers of steps of the run, and `widen`, to take them in double
+            precision.
     """
     state = _State(payload)
     name = payload["checkpoint"]
@@ -162,6 +163,8 @@ def verify_worker(payload: dict[str, Any]) -> dict[str, Any]:
         position = state.load(name)[0] if name else Position()
     except checkpoints.CheckpointError as error:
         return {"error": str(error)}
+    if payload["widen"]:
+        state.widen()
     records = _Replay(state, payload["start"], payload["stop"]).fit(position)
     return {"records": [asdict(record) for record in records]}
 
@@ -177,6 +180,8 @@ class _State:
             torch.use_deterministic_algorithms(True)
         self.rows = WorkerRows(config, self.manifest, payload["data_folder"], self.device)
         self.method = make_method(config, self.manifest).to(self.device)
+        if config.train.precision == "fp64":
+            self.method.double()
         self.optimizer = build_optimizer(config.optim, self.method)
         self.schedule = build_schedule(config.optim, self.optimizer, config.warmup_epochs)
         self.store = CheckpointStore.at(payload["checkpoints"])
@@ -185,6 +190,14 @@ class _State:
         """Restore a checkpoint; returns its position and notes."""
         files, where = self.store.load(name), self.store.where(name)
         return checkpoints.load(files, where, self.method, self.optimizer, self.schedule)
+
+    def widen(self) -> None:
+        """Go on in double precision from single-precision state."""
+        self.method.double()
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    state[name] = value.double()
 
     def load_weights(self, name: str) -> None:
         """Restore parameters and buffers only."""

@@ -56,14 +56,14 @@ class ModelConfig(BaseModel):
 
 
 class Encoder(nn.Module):
-    """Convert rows to floating point, give them the body's input shape and run the body.
+    """Convert rows to the weights' type, give them the body's input shape and run the body.
 
     Args:
         body: (B, *input_shape) -> (B, out_features).
         input_shape: what the body expects per row; as many elements as the modality's shape.
         out_features: D_m.
 
-    uint8, int16 and float16 inputs become float32, unscaled; float64 stays.
+    Integers are not scaled.
     """
 
     def __init__(self, body: nn.Module, input_shape: tuple[int, ...], out_features: int):
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, ...) of any dtype to (B, D_m)."""
-        rows = inputs if inputs.dtype == torch.float64 else inputs.float()
+        rows = inputs.to(next(self.body.parameters()).dtype)
         rows = rows.reshape(rows.shape[0], *self.input_shape)
         if rows.dim() == 4:
             rows = rows.contiguous(memory_format=torch.channels_last)
