@@ -30,7 +30,7 @@ from data.schema import (
     verify_shards,
 )
 from data.shards import ShardOutcome, shard_nbytes, write_shard
-from data.sources import DataConfig, Item, Source, build_source, check_settings
+from data.sources import SOURCES, DataConfig, Item, Source, build_source, check_settings
 from data.sources.base import Purpose, stream
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,10 @@ def _canonical(value: object) -> str:
 
 
 def _settings(config: DataConfig) -> dict[str, object]:
-    """Settings kept in the manifest: all but the raw folder, which may move."""
-    return config.model_dump(mode="json", exclude={"root"})
+    """Settings kept in the manifest: all but the raw folder, which may move, and the version of the
+    source, so that shards of an older one are made again."""
+    version = SOURCES[config.name].version
+    return config.model_dump(mode="json", exclude={"root"}) | {"source_version": version}
 
 
 def _resolved_root(config: DataConfig) -> str | None:

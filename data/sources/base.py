@@ -71,11 +71,13 @@ class Source(Protocol):
         name: name in `DataConfig`.
         modalities: tensors of every sample.
         classes: class names in label order.
+        version: to be raised when the same raw files give other tensors, labels or splits.
     """
 
     name: ClassVar[str]
     modalities: ClassVar[tuple[Modality, ...]]
     classes: ClassVar[tuple[str, ...]]
+    version: ClassVar[int]
 
     def __init__(self, config: DataConfig) -> None: ...
 

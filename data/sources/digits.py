@@ -69,6 +69,7 @@ class Digits:
     """
 
     name: ClassVar[str] = "digits"
+    version: ClassVar[int] = 1
     modalities: ClassVar[tuple[Modality, ...]] = (
         Modality(name="image", kind="image", shape=(1, 8, 8), dtype="float32"),
         Modality(name="audio", kind="audio", shape=(1, NUM_MELS, NUM_FRAMES), dtype="float32"),

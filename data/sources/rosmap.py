@@ -46,6 +46,7 @@ class Rosmap:
     """
 
     name: ClassVar[str] = "rosmap"
+    version: ClassVar[int] = 1
     modalities: ClassVar[tuple[Modality, ...]] = tuple(
         Modality(name=view, kind="vector", shape=(NUM_FEATURES,), dtype="float32") for view in VIEWS
     )

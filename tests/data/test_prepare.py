@@ -26,6 +26,7 @@ class Toy:
     """120 samples, classes in turn; the two hooks are what each test bends."""
 
     name: ClassVar[str] = "digits"
+    version: ClassVar[int] = 1
     modalities: ClassVar[tuple[Modality, ...]] = (
         Modality(name="x", kind="vector", shape=(3,), dtype="float32"),
         Modality(name="y", kind="vector", shape=(2, 2), dtype="int16"),

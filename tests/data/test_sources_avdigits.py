@@ -133,6 +133,17 @@ def test_rate_is_read_from_the_file(root: Path) -> None:
     assert fast[0, :, 50].max() == pytest.approx(slow[0, :, 50].max(), abs=0.01)
 
 
+def test_a_quiet_speaker_looks_like_a_loud_one(root: Path) -> None:
+    tone = 8000 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+    write_wav(root / "fsdd" / "3_bob_0.wav", tone)
+    write_wav(root / "fsdd" / "3_bob_1.wav", tone / 20)
+    source = build_source(avdigits(root))
+    items = source.items()
+    loud, quiet = (source.load(item_of(items, f"3_bob_{i}"))["audio"] for i in (0, 1))
+    band = loud[0, :, 50].argmax()
+    assert quiet[0, band, 50] == pytest.approx(loud[0, band, 50], abs=0.02)
+
+
 def test_unreadable_recordings_are_rejected(root: Path) -> None:
     fsdd = root / "fsdd"
     cut = fsdd / "3_bob_0.wav"
