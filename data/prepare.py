@@ -161,7 +161,7 @@ def _settings(config: DataConfig) -> dict[str, object]:
     """Settings kept in the manifest: all but the raw folder, which may move, and the version of the
     source, so that shards of an older one are made again."""
     version = SOURCES[config.name].version
-    return config.model_dump(mode="json", exclude={"root"}) | {"source_version": version}
+    return {**config.model_dump(mode="json", exclude={"root"}), "source_version": version}
 
 
 def _resolved_root(config: DataConfig) -> str | None:

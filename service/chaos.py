@@ -6,8 +6,11 @@ node is replaced, as a cluster manager would.
 """
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ from service import launch
 from service.cluster import Nodes, RunError, local_nodes, num_cores
 from service.config import ConfigError, RunConfig
 from service.environment import environment
-from service.faults import RESIZE, Fault, parse_faults, read_trace, struck
+from service.faults import DRAIN, DRAIN_SECONDS, RESIZE, Fault, parse_faults, read_trace, struck
 from service.files import RESULT_NAME, read_json
 from service.storage import CheckpointStore
 from training.checkpoint import MODEL_NAME
@@ -101,16 +104,27 @@ def _place(config: RunConfig) -> list[str]:
 
 def _attempt(command: list[str], folder: Path, nodes: Nodes | None) -> None:
     """Run a command to its end; nodes that it kills are replaced."""
-    lost = sum(fault["target"] == "node" for fault in struck(folder))
+    lost = len(_lost_nodes(folder))
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, env=nodes.environment if nodes else None
     ) as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
-            now = sum(fault["target"] == "node" for fault in struck(folder))
-            if nodes and now > lost:
+            for fault in _lost_nodes(folder)[lost:]:
+                assert nodes, "_nodes started some"
                 nodes.replace()
-                lost = now
+                lost += 1
+                if fault["action"] == DRAIN:  # the notice comes first, then the end
+                    threading.Timer(DRAIN_SECONDS, _kill, (fault["raylet"],)).start()
+
+
+def _lost_nodes(folder: Path) -> list[dict[str, Any]]:
+    return [fault for fault in struck(folder) if fault["target"] == "node"]
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -111,6 +111,8 @@ def run_workers(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
     use_gpu = _use_gpu(scaling, ray.cluster_resources())
     remote = environment()["RAY_ADDRESS"] is not None
+    # Nodes of a cluster may be taken away with a notice; this machine is not.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(remote))
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     trainer = TorchTrainer(
         getattr(worker, loop),

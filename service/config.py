@@ -152,7 +152,7 @@ def check(config: RunConfig) -> None:
         config.train.lanes,
     )
     if workers > lanes or batch % lanes:
-        fits = [n for n in range(workers, batch + 1) if batch % n == 0]
+        fits = [n for n in range(workers, batch + 1) if batch % n == 0] or ["none"]
         raise ConfigError(
             f"train.lanes={lanes} must be at least scaling.num_workers={workers} and divide "
             f"train.global_batch_size={batch}: every worker owns lanes, and every lane gives the "
@@ -218,7 +218,8 @@ def parse_config(text: str, origin: str) -> RunConfig:
 def explain(error: ValidationError) -> str:
     """The first problem of a validation error as one sentence, with the nearest valid name."""
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    parts = [str(part) for part in problem["loc"]]
+    where = ".".join(part for part in parts if not part.startswith(("constrained-", "tuple[")))
     if problem["type"] == "extra_forbidden":
         section: Any = RunConfig
         for part in problem["loc"][:-1]:

@@ -7,11 +7,12 @@ RAY_ENVIRONMENT = {
     # One report costs up to one poll interval; the default of 2 s would dominate short epochs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Blocks that were read are freed once a second otherwise, and the object store fills meanwhile.
+    "RAY_free_objects_period_milliseconds": "50",
     # Ray workers run at nice 15 otherwise and starve beside anything else.
     "RAY_worker_niceness": "0",
     # The driver's environment is the workers'; uv must not build it again.

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from training.distributed import rank, world_size
 
 TARGETS = ("worker", "node", "driver")
 FAULT = re.compile(r"(?P<action>\w+):(?P<target>\w+)@step=(?P<step>\d+)")
+DRAIN, DRAIN_SECONDS = "drain", 10
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGTERM}
 RESIZE = "workers"
 TRACE_NAME = "trace.jsonl"
@@ -28,7 +31,8 @@ class Fault:
     """One fault.
 
     Attributes:
-        action: kill (SIGKILL), term or stop (SIGTERM); or workers, to stop the driver and go on
+        action: kill (SIGKILL), term or stop (SIGTERM); drain, a notice that the node will be taken
+            away in DRAIN_SECONDS; or workers, to stop the driver and go on
             with another number of them.
         target: the worker of the last rank, the node it is on (its Ray process), or the driver;
             or the number of workers.
@@ -57,14 +61,18 @@ def parse_faults(text: str) -> list[Fault]:
         if not found or not _is_known(found["action"], found["target"]):
             raise ValueError(
                 f"{part!r} is not a fault; write ACTION:TARGET@step=N, with an action of "
-                f"{', '.join(SIGNALS)} and a target of {', '.join(TARGETS)}, or workers:NUMBER@"
-                "step=N, separated by commas"
+                f"{', '.join(SIGNALS)} and a target of {', '.join(TARGETS)}, drain:node@step=N, "
+                "or workers:NUMBER@step=N, separated by commas"
             )
         faults.append(Fault(found["action"], found["target"], int(found["step"])))
+    if len(set(faults)) < len(faults):
+        raise ValueError(f"{text!r} names a fault twice; each strikes once; give another step")
     return sorted(faults, key=lambda fault: fault.step)
 
 
 def _is_known(action: str, target: str) -> bool:
+    if action == DRAIN:
+        return target == "node"
     if action == RESIZE:
         return target.isdecimal() and int(target) > 0
     return action in SIGNALS and target in TARGETS
@@ -77,9 +85,11 @@ class Faults:
         plan: `faults` (of `asdict(Fault)`) and `driver`, the driver's process id; None for no
             faults.
         folder: run folder, on shared storage.
+        node: id of this process's node, and address of its cluster.
     """
 
-    def __init__(self, plan: dict[str, Any] | None, folder: Path):
+    def __init__(self, plan: dict[str, Any] | None, folder: Path, node: tuple[str, str]):
+        self._node = node
         self._faults = [Fault(**fault) for fault in plan["faults"]] if plan else []
         self._driver = plan["driver"] if plan else 0
         self._folder = folder / FAULTS_NAME
@@ -97,10 +107,21 @@ class Faults:
             mark = self._folder / f"{fault.name}.json"
             if fault.step <= steps_done and rank() == world_size() - 1 and not mark.exists():
                 record = {"time": time.time(), "steps_done": steps_done, **asdict(fault)}
-                write_text(mark, json.dumps(record))
+                write_text(mark, json.dumps(record | {"raylet": os.getppid()}))
+                if fault.action == DRAIN:
+                    self._drain()
+                    continue
                 known = {"worker": os.getpid(), "node": os.getppid()}
                 number = SIGNALS.get(fault.action, signal.SIGTERM)
                 os.kill(known.get(fault.target, self._driver), number)
+
+    def _drain(self) -> None:
+        node, address = self._node
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        command += ["--address", address, "--node-id", node]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "chaos"]
+        command += ["--deadline-remaining-seconds", str(DRAIN_SECONDS)]
+        subprocess.run(command, check=True, capture_output=True)
 
     def _trace(self, event: str, steps_done: int) -> None:
         if self._faults and rank() == 0:

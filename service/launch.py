@@ -69,8 +69,14 @@ def resolve(config: RunConfig) -> RunConfig:
     name = config.name or f"{config.data.name}-{config.method}-{stamp}"
     root = config.data.root and str(Path(config.data.root).expanduser().resolve())
     data = config.data.model_copy(update={"root": root})
+    kept = config.checkpoint.storage
+    if kept and "://" not in kept:
+        kept = str(Path(kept).expanduser().resolve())
+    checkpoint = config.checkpoint.model_copy(update={"storage": kept})
     storage = str(Path(config.storage).expanduser().resolve())
-    return config.model_copy(update={"name": name, "data": data, "storage": storage})
+    return config.model_copy(
+        update={"name": name, "data": data, "checkpoint": checkpoint, "storage": storage}
+    )
 
 
 def ensure_prepared(config: RunConfig, progress: Callable[[int, int], None]) -> Path:
@@ -190,6 +196,7 @@ class _Run:
             "run_folder": str(self._folder),
             "tracking": {"uri": self._uri, "run_id": self._run_id},
             "faults": self._faults,
+            "watch_notices": environment()["RAY_ADDRESS"] is not None,
         }
 
     @contextlib.contextmanager
@@ -296,7 +303,8 @@ def checkpoints_uri(config: RunConfig) -> str:
     """Where a run's checkpoints are."""
     if config.checkpoint.storage is None:
         return str(_folder(config) / CHECKPOINTS_NAME)
-    return f"{config.checkpoint.storage.rstrip('/')}/{config.name}"
+    place, mark, query = config.checkpoint.storage.partition("?")
+    return f"{place.rstrip('/')}/{config.name}{mark}{query}"
 
 
 def checkpoint_store(config: RunConfig) -> CheckpointStore:

@@ -20,6 +20,8 @@ OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 def make_plan(config: RunConfig) -> dict[str, Any]:
     """Flat plan of a run: data, steps, workers, batch arithmetic, estimated memory of a worker.
 
+    An elastic run is planned with its fewest workers, which need the most memory each.
+
     Raises:
         DataError: the raw data is not there, or the order's rules do not hold.
     """
@@ -27,7 +29,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     prepared = (folder / MANIFEST_NAME).is_file()
     manifest = load_manifest(folder) if prepared else _draft(config)
     order = make_order(config, manifest)
-    workers, batch = config.scaling.max_workers, config.train.global_batch_size
+    workers, batch = config.scaling.min_workers, config.train.global_batch_size
     share = max(len(order.lanes_of(rank, workers)) for rank in range(workers))
     worker_rows = batch // order.lanes * share
     method = make_method(config, manifest)
@@ -44,7 +46,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "modalities": ", ".join(f"{m.name} {m.dtype}{list(m.shape)}" for m in manifest.modalities),
         "classes": len(manifest.classes),
         "workers": workers,
-        "min_workers": config.scaling.min_workers,
+        "max_workers": config.scaling.max_workers,
         "device": config.scaling.device,
         "global_batch_size": batch,
         "batch_size_per_worker": worker_rows,

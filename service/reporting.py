@@ -30,7 +30,8 @@ class Reporter:
     Args:
         folder: run folder, on shared storage.
         tracking: arguments of RunLogger.
-        epoch: epochs before it are done; later ones in the history are left from a lost attempt.
+        epoch: epochs before it are done; later ones in the history are left from a lost attempt,
+            and get their old times when they are recorded again.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Reporter:
         self._shown = 0.0
         self._record: dict[str, Any] = {}
         self._logger = RunLogger(**tracking)
-        rows = [row for row in read_history(folder / HISTORY_NAME) if row["epoch"] <= epoch]
+        found = read_history(folder / HISTORY_NAME)
+        self._times = {int(row["epoch"]): row["time"] for row in found}
+        rows = [row for row in found if row["epoch"] <= epoch]
         self._recorded = int(rows[-1]["epoch"]) if rows else -1
         text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
         write_text(folder / HISTORY_NAME, text)
@@ -62,7 +65,7 @@ class Reporter:
         self._progress(epoch, self._steps_per_epoch, {"alpha": alpha, **shown})
         if epoch <= self._recorded:
             return
-        row = metrics | {"epoch": epoch, "time": time.time()}
+        row = metrics | {"epoch": epoch, "time": self._times.get(epoch, time.time())}
         with (self._folder / HISTORY_NAME).open("a") as file:
             file.write(json.dumps(row, sort_keys=True) + "\n")
         self._recorded = epoch

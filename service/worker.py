@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -42,8 +43,9 @@ from training.optim import build_optimizer, build_schedule
 
 log = logging.getLogger(__name__)
 
-STOP, LEAVE, FAILED = "stop", "leave", "failed"
+STOP, LEAVE, FAILED, LOOK = "stop", "leave", "failed", "look"
 STOP_POLL_SECONDS = 0.2
+NOTICE_POLL_SECONDS = 2.0
 LEAVE_SECONDS = 30.0
 
 
@@ -120,8 +122,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         payload: `config` and `manifest` (JSON values), `data_folder`, `run_folder` (shared
-            storage), `checkpoints` (URI), `tracking` (arguments of RunLogger) and `faults`
-            (see service/faults.py).
+            storage), `checkpoints` (URI), `tracking` (arguments of RunLogger), `faults` (see
+            service/faults.py), and `watch_notices`, whether Ray tells of nodes to be taken away.
     """
     run = _Training(payload)
     try:
@@ -290,7 +292,11 @@ class _Training:
         self._tracking = payload["tracking"]
         self._reporter: Reporter | None = None
         self._stop_seen, self._stop_polled = False, 0.0
-        self._faults = Faults(payload["faults"], self._folder)
+        self._watches_notices: bool = payload["watch_notices"]
+        self._notice_seen, self._notice_polled = False, 0.0
+        context = ray.get_runtime_context()
+        node = (context.get_node_id(), context.gcs_address)
+        self._faults = Faults(payload["faults"], self._folder, node)
 
     def fit(self) -> dict[str, Any]:
         """Train from the newest checkpoint on, or from the start; test the best one."""
@@ -349,6 +355,7 @@ class _Training:
             STOP: self._stop_asked(),
             LEAVE: termination.asked,
             FAILED: self._keeper.error is not None,
+            LOOK: self._look_is_due(),
         }
         return {
             name: torch.tensor(float(flag), device=self._state.device)
@@ -362,12 +369,30 @@ class _Training:
             self._stop_seen |= (self._folder / STOP_NAME).exists()
         return self._stop_seen
 
+    def _look_is_due(self) -> bool:
+        """Whether to look for a notice that a node will be taken away; rank 0 decides for all."""
+        if not self._watches_notices or rank() > 0 or self._notice_seen:
+            return False
+        if time.monotonic() - self._notice_polled < NOTICE_POLL_SECONDS:
+            return False
+        self._notice_polled = time.monotonic()
+        return True
+
+    def _look_for_notice(self, position: Position) -> None:
+        """Save at once if a node will be taken away; Ray starts the group again when it is."""
+        if ray.train.get_preemption_info() is not None:
+            self._notice_seen = True
+            self._keeper.save(position)
+
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
         self._keeper.step(position, signals)
         if self._reporter:
             self._reporter.step(position)
         self._faults.strike(position.steps_done)
-        asked = torch.stack([signals[name] for name in (STOP, LEAVE, FAILED)]).tolist()
+        names = (STOP, LEAVE, FAILED, LOOK)
+        *asked, look = torch.stack([signals[name] for name in names]).tolist()
+        if look:
+            self._look_for_notice(position)
         if any(asked):
             self._interrupt(position, *asked)
 

@@ -35,7 +35,6 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from service.environment import configure_ray  # noqa: E402
 
-os.environ.update({"RAY_free_objects_period_milliseconds": "50"})
 configure_ray()  # before Ray is imported
 
 import numpy as np  # noqa: E402

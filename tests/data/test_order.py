@@ -132,6 +132,15 @@ def test_epochs_and_seeds_share_hardly_a_place():
         assert (rows != other).mean() > 0.9
 
 
+def test_epochs_and_seeds_deal_other_row_groups_to_a_lane():
+    order = Order((16,) * 80, 32, 8, 100, 0)
+    first, *others = (
+        set(np.concatenate(epoch_batches(other, epoch, 0, 8)).tolist())
+        for other, epoch in ((order, 0), (order, 1), (replace(order, seed=1), 0))
+    )
+    assert all(len(first & other) < len(first) // 2 for other in others)  # an eighth by chance
+
+
 # Row groups of 16 rows, 64 rows a batch, 8 lanes; a window holds the whole epoch, or an eighth.
 WHOLE = Order((16,) * 512, 64, 8, 128, 3)
 EIGHTH = replace(WHOLE, window_batches=16)

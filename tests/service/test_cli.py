@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import ray
@@ -173,6 +173,24 @@ def test_flags_reach_the_plan(tmp_path: Path):
     assert plan["data_folder"] != other["data_folder"]  # noise makes another data set
 
 
+def test_workers_are_one_number_or_two_on_the_command_line(tmp_path: Path):
+    def planned(*numbers: str) -> tuple[int, int, int]:
+        plan = midas(*DRY, "--scaling.num-workers", *numbers, "--storage", tmp_path).json
+        return plan["min_workers"], plan["workers"], plan["batch_size_per_worker"]
+
+    assert planned("3") == (3, 3, 24)  # shares of 2, 3 and 3 lanes with 8 rows each
+    assert planned("1", "4") == (1, 4, 16)
+    done = midas(*DRY, "--scaling.num-workers", "4", "1")
+    assert (done.code, done.out) == (2, "")
+    assert "num_workers=(4, 1) must be two numbers from 1 up" in done.err
+
+
+def test_checkpoint_settings_are_flags(monkeypatch: pytest.MonkeyPatch):
+    flags = ["--checkpoint.every-steps", "50", "--checkpoint.storage", "s3://bucket/a"]
+    found = seen_config(monkeypatch, *flags)["checkpoint"]
+    assert found == {"every_steps": 50, "every_seconds": 300.0, "keep": 3, "storage": flags[-1]}
+
+
 def test_a_yaml_file_is_a_preset_too(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("optim: {epochs: 12}\nmodel: {encoders: {image: {kind: mlp}}}\n")
@@ -249,9 +267,9 @@ def test_more_workers_than_cores_is_said(prepared: tuple[Path, Done], verb: str)
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path):
-    done = midas("train", "digits", "--scaling.num-workers", "3", "--storage", tmp_path / "runs")
+    done = midas("train", "digits", "--scaling.num-workers", "9", "--storage", tmp_path / "runs")
     assert done.code == 1
-    assert "train.global_batch_size=64 is not divisible by scaling.num_workers=3" in done.err
+    assert "train.lanes=8 must be at least scaling.num_workers=9 and divide" in done.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -272,7 +290,12 @@ def test_evaluate_lists_the_finished_runs(tmp_path: Path):
 def test_ui_becomes_the_server_of_the_local_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     started: list[list[str]] = []
-    monkeypatch.setattr(cli.os, "execvpe", lambda file, args, env: started.append(args))
+
+    def become(file: str, args: list[str], env: dict[str, str]) -> NoReturn:
+        started.append(args)
+        sys.exit(0)  # like the other program, it does not come back
+
+    monkeypatch.setattr(cli.os, "execvpe", become)
     done = midas("ui", "--storage", tmp_path, "--port", "5432")
     assert (done.code, done.out) == (0, "")
     assert f"MLflow UI of sqlite:///{tmp_path}/mlflow.db: http://127.0.0.1:5432" in done.err

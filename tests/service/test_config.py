@@ -76,6 +76,10 @@ def test_missing_file_is_named():
             r"^here: unknown key metod \(did you mean method\?\); valid .*: method, d",
         ),
         ("optim: {lrr: 1}", r"unknown key optim\.lrr \(did you mean lr\?\); .*weight_decay"),
+        (
+            "checkpoint: {every_step: 5}",
+            r"unknown key checkpoint\.every_step \(did you mean every_steps\?\); .*storage",
+        ),
         ("midas: {warmup: 1}", r"unknown key midas\.warmup \(did you mean warmup_epochs\?\)"),
         (
             "model: {encoders: {image: {wdith: 8}}}",
@@ -99,6 +103,20 @@ def test_unknown_key_names_the_nearest_valid_one(text: str, message: str):
         ("data: {noise: {image: loud}}", r"data\.noise\.image='loud': .*valid number"),
         ("method: mides", "method='mides': .*'midas', 'joint'"),
         ("name: a/b", "name='a/b': .*match pattern"),
+        ("scaling: {num_workers: 0}", r"scaling\.num_workers\S*=0: .*greater than or equal to 1"),
+        (
+            "scaling: {num_workers: [4, 2]}",
+            r"num_workers=\(4, 2\) must be .* the smaller first; one",
+        ),
+        ("scaling: {num_workers: [0, 2]}", r"num_workers=\(0, 2\) must be two numbers from 1 up"),
+        ("scaling: {num_workers: [1, 2, 3]}", r"scaling\.num_workers\S*=\[1, 2, 3\]: "),
+        ("scaling: {start_timeout_seconds: 0}", "start_timeout_seconds=0: .*greater than 0"),
+        (
+            "checkpoint: {every_steps: 0}",
+            r"checkpoint\.every_steps=0: .*greater than or equal to 1",
+        ),
+        ("checkpoint: {every_seconds: 0}", r"checkpoint\.every_seconds=0: .*greater than 0"),
+        ("checkpoint: {keep: 0}", r"checkpoint\.keep=0: .*greater than or equal to 1"),
         ("midas: {kinetics_ratio_test: true}", "kinetics_ratio_test=True changes nothing .*set"),
         ("- midas", "^here: .*valid dictionary"),
         ("a: [", "^here is not valid YAML: .*line 1"),
@@ -121,30 +139,25 @@ def test_a_float_may_be_written_without_a_point():
     ("values", "message"),
     [
         (
-            {"train": {"global_batch_size": 100}, "scaling": {"num_workers": 8}},
-            r"global_batch_size=100 is not divisible by scaling\.num_workers=8; .*use 96 or 104,",
-        ),
-        (
-            {"train": {"global_batch_size": 3}, "scaling": {"num_workers": 4}},
-            "global_batch_size=3 is not divisible .*use 4 or 8",
-        ),
-        (
-            {"train": {"lanes": 3}},
-            r"train\.lanes=3 must be a multiple of scaling\.num_workers=2 and divide .*=64; use "
-            r"one of \[2, 4, 8, 16, 32, 64\]",
+            {"train": {"global_batch_size": 100}},
+            r"train\.lanes=8 must be at least scaling\.num_workers=2 and divide "
+            r"train\.global_batch_size=100: .* use one of \[2, 4, 5, 10, 20, 25, 50, 100\], or",
         ),
         (
             {"train": {"lanes": 6}},
-            r"train\.lanes=6 must be .* divide train\.global_batch_size=64; use one of",
+            r"train\.lanes=6 must be .*; use one of \[2, 4, 8, 16, 32, 64\], or another batch size",
+        ),
+        (
+            {"scaling": {"num_workers": 9}},
+            r"train\.lanes=8 must be at least scaling\.num_workers=9 .*one of \[16, 32, 64\], or",
+        ),
+        (
+            {"scaling": {"num_workers": [2, 9]}},
+            r"train\.lanes=8 must be at least scaling\.num_workers=9 .*one of \[16, 32, 64\], or",
         ),
         (
             {"midas": {"pair_groups": 3}},
-            r"midas\.pair_groups=3 must divide train\.lanes=8 and be 1 or a multiple of scaling\."
-            "num_workers=2; 1 pairs over",
-        ),
-        (
-            {"midas": {"pair_groups": 2}, "scaling": {"num_workers": 4}},
-            r"midas\.pair_groups=2 must divide .* multiple of scaling\.num_workers=4",
+            r"midas\.pair_groups=3 must divide train\.lanes=8; 1 pairs over the whole global batch",
         ),
         (
             {"midas": {"warmup_epochs": 70}},
@@ -157,14 +170,30 @@ def test_check_states_value_rule_and_remedy(values: dict[str, Any], message: str
         check(config(**values))
 
 
-@pytest.mark.parametrize("remedy", [96, 104])
-def test_a_recommended_batch_size_passes(remedy: int):
-    check(config(train={"global_batch_size": remedy}, scaling={"num_workers": 8}))
-
-
 @pytest.mark.parametrize("remedy", [2, 4, 8, 16, 32, 64])
 def test_a_recommended_number_of_lanes_passes(remedy: int):
     check(config(train={"lanes": remedy}))
+
+
+@pytest.mark.parametrize("workers", [1, 3, 5, 8, [1, 8], [3, 7]])
+def test_lanes_need_not_divide_evenly_among_workers(workers: int | list[int]):
+    check(config(scaling={"num_workers": workers}, midas={"pair_groups": 2}))
+
+
+@pytest.mark.parametrize(
+    ("workers", "fewest", "most"), [("3", 3, 3), ("[2, 4]", 2, 4), ("[2, 2]", 2, 2)]
+)
+def test_workers_are_one_number_or_two(workers: str, fewest: int, most: int):
+    read = parse_config(f"scaling: {{num_workers: {workers}}}", "here")
+    assert (read.scaling.min_workers, read.scaling.max_workers) == (fewest, most)
+    assert parse_config(config_yaml(read), "config.yaml") == read
+
+
+def test_checkpoints_are_due_by_time_alone_unless_steps_are_given():
+    assert RunConfig().checkpoint.every_steps is None
+    read = parse_config("checkpoint: {every_steps: 50, storage: s3://bucket/a}", "here").checkpoint
+    assert (read.every_steps, read.every_seconds, read.keep) == (50, 300.0, 3)
+    assert read.storage == "s3://bucket/a"
 
 
 def test_rules_of_midas_do_not_bind_other_methods():

@@ -51,6 +51,13 @@ def test_last_batch_is_short_or_merged(tmp_path: Path, batch: int, steps: int, l
     assert found["steps"] == 30 * steps
 
 
+@pytest.mark.parametrize(("workers", "rows"), [(1, 64), (3, 24), (5, 16), (8, 8)])
+def test_the_worker_with_most_lanes_is_planned_for(tmp_path: Path, workers: int, rows: int):
+    found = plan(tmp_path, scaling={"num_workers": workers})
+    assert (found["workers"], found["max_workers"]) == (workers, workers)
+    assert found["batch_size_per_worker"] == rows  # of 8 lanes with 8 rows each
+
+
 def test_memory_grows_with_optimizer_states_and_ddp(tmp_path: Path):
     alone = {"scaling": {"num_workers": 1}, "method": "joint"}
     encoders = {"image": {"kind": "mlp", "hidden": 4096}}  # large enough to show in 0.1 MiB
