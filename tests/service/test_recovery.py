@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,13 @@ import pytest
 from service.cluster import local_nodes
 from service.files import FAULTS_NAME, read_history, read_json
 from service.inspection import compare_steps
-from service.storage import CheckpointStore, checkpoint_name
+from service.storage import CheckpointStore
 from tests.service.cli import SMALL, last_json, midas, tracked, weights
 from training.chain import StepRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
-EVERY_5 = ("--checkpoint.every-steps", "5", "--scaling.max-failures", "20")
+EVERY_5 = ("--checkpoint.every-steps", "5")
 ROOM = ("--scaling.start-timeout-seconds", "5")
 
 
@@ -46,7 +44,7 @@ def test_killed_and_terminated_workers_and_a_killed_driver_change_nothing(card: 
     assert card["chaos/attempts"] == 2
     assert card["chaos/term:worker@step=22/steps_replayed"] == 0
     assert card["chaos/kill:worker@step=13/steps_replayed"] <= 5
-    assert card["chaos/steps_replayed"] <= 6  # the worker may take a step after its driver died
+    assert card["chaos/steps_replayed"] <= 10  # one checkpoint may have been on its way
     assert 0 < card["chaos/seconds_to_first_new_step"] < 200
 
 
@@ -123,18 +121,19 @@ def test_comparison_of_steps_names_rows_before_losses():
 def test_corrupt_checkpoint_and_full_disk(card: dict, storage: Path):
     """A killed run; its newest checkpoint is damaged, and the disk is full when it saves again."""
     command = ("train", "digits", *SMALL, *EVERY_5, "--name", "d")
-    killed = midas(*command, "--faults", "kill:driver@step=23", storage=storage)
-    assert killed.returncode == -signal.SIGKILL
+    once = ("--faults", "kill:worker@step=23", "--scaling.max-failures", "0")
+    killed = midas(*command, *once, storage=storage)
+    assert killed.returncode == 1
+    assert "--name d continues at the last checkpoint" in killed.stderr.replace("\n", " ")
     folder = storage / "d" / "checkpoints"
     store = CheckpointStore.at(str(folder))
-    time.sleep(3)  # the workers notice that their driver is gone
     last = store.names()[-1]
-    assert last in ("step_0000000020", "step_0000000025")
+    assert last == "step_0000000020"
     newest = folder / last / "model.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
-    full = folder / checkpoint_name(int(last[-2:]) + 5) / "model.safetensors"
+    full = folder / "step_0000000025" / "model.safetensors"
     full.parent.mkdir(exist_ok=True)
     full.symlink_to("/dev/full")
 
@@ -198,14 +197,15 @@ def test_ten_kills_at_random_steps(storage: Path):
     faults = ",".join(f"kill:{targets[i % 2]}@step={step}" for i, step in enumerate(steps))
     result = last_json(
         midas(
-            *("train", "digits", *SMALL, *EVERY_5, "--name", "ten", "--json", "--chaos", faults),
+            *("train", "digits", *SMALL, *EVERY_5, "--scaling.max-failures", "20"),
+            *("--name", "ten", "--json", "--chaos", faults),
             storage=storage,
             timeout=1500,
         )
     )
     assert result["chaos/recovered"] is True
     assert result["chaos/final_weights_equal"] is True
-    assert result["chaos/steps_replayed"] <= 6
+    assert result["chaos/steps_replayed"] <= 10
 
 
 @pytest.mark.slow
