@@ -12,9 +12,17 @@ from typing import Any
 
 from service.config import RunConfig, ScalingConfig
 from service.environment import configure_ray, environment, worker_environment
-from service.files import PROGRESS_NAME, STOP_NAME, TRAINING_PHASES, read_json
+from service.files import (
+    PROGRESS_NAME,
+    STOP_NAME,
+    TRAINING_PHASES,
+    VALIDATION_PHASE,
+    read_json,
+)
 
 START_ATTEMPTS = 3
+# Longer than rank 0 may wait for its storage.
+COLLECTIVE_SECONDS = 900
 RESIZE_SECONDS = 10.0
 RESOURCE_POLL_SECONDS = 2.0
 # What an interrupted driver gives the workers for a checkpoint; a second signal ends the wait.
@@ -117,7 +125,7 @@ def run_workers(
     trainer = TorchTrainer(
         getattr(worker, loop),
         train_loop_config=payload,
-        torch_config=worker.TerminableTorchConfig(timeout_s=300),
+        torch_config=worker.TerminableTorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=use_gpu,
@@ -303,7 +311,7 @@ def _wait(ended: threading.Event, scaling: ScalingConfig) -> None:
 def _ask_to_stop(ended: threading.Event, folder: Path) -> None:
     """Let workers that are training save and end; others have nothing that is not saved."""
     progress = read_json(folder / PROGRESS_NAME) or {}
-    if progress.get("phase") in TRAINING_PHASES:
+    if progress.get("phase") in (*TRAINING_PHASES, VALIDATION_PHASE):
         (folder / STOP_NAME).touch()
         ended.wait(timeout=STOP_SECONDS)
 

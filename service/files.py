@@ -15,6 +15,7 @@ FAULTS_NAME = "faults"
 CHECKPOINTS_NAME = "checkpoints"
 
 TRAINING_PHASES = ("warm-up", "main")
+VALIDATION_PHASE = "validate"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -46,6 +46,11 @@ class Keeper:
         """What kept the last checkpoint from being written; rank 0 knows."""
         return self._writer.error
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writer.busy
+
     def restore(self, position: Position, notes: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.best, self.chain = notes["best"], Chain(**notes["chain"])

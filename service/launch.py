@@ -111,7 +111,8 @@ def finished(config: RunConfig) -> RunOutcome | None:
             "or these settings to continue it"
         )
     if changed:  # it failed before its first checkpoint: there is nothing to continue
-        (folder / RUN_NAME).unlink(missing_ok=True)
+        for name in (RUN_NAME, HISTORY_NAME):
+            (folder / name).unlink(missing_ok=True)
     result = read_json(folder / RESULT_NAME)
     return RunOutcome(folder, result, finished_before=True) if result else None
 

@@ -1,6 +1,8 @@
 """What rank 0 tells the world while it trains: progress file, history file, MLflow metrics."""
 
+import contextlib
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -17,39 +19,36 @@ from service.files import (
 from service.tracking import RunLogger
 from training.loop import Position
 
+log = logging.getLogger(__name__)
+
 PROGRESS_SECONDS = 0.5
 
 
 class Reporter:
     """Rank 0's files and MLflow metrics.
 
-    An epoch is recorded when it has been validated, and the checkpoint of its weights is safe. A
-    restarted run that validates it again records nothing: the history has one row per epoch, and
-    MLflow one point, for it ignores a metric that it has with the same step, time and value.
+    An epoch is recorded once in the life of a run: a restarted run that goes through it again, and
+    computes the same, records nothing. So the history has one row per epoch and MLflow one point;
+    it ignores a metric that it has with the same step, time and value, and a restart sends all
+    again. Storage that is away holds up neither training nor later rows.
 
     Args:
         folder: run folder, on shared storage.
         tracking: arguments of RunLogger.
-        epoch: epochs before it are done; later ones in the history are left from a lost attempt,
-            and get their old times when they are recorded again.
     """
 
-    def __init__(
-        self, config: RunConfig, order: Order, folder: Path, tracking: dict[str, Any], epoch: int
-    ):
+    def __init__(self, config: RunConfig, order: Order, folder: Path, tracking: dict[str, Any]):
         self._config = config
         self._steps_per_epoch = order.num_steps
         self._folder = folder
         self._shown = 0.0
         self._record: dict[str, Any] = {}
         self._logger = RunLogger(**tracking)
-        found = read_history(folder / HISTORY_NAME)
-        self._times = {int(row["epoch"]): row["time"] for row in found}
-        rows = [row for row in found if row["epoch"] <= epoch]
-        self._recorded = int(rows[-1]["epoch"]) if rows else -1
-        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-        write_text(folder / HISTORY_NAME, text)
-        for row in rows[-1:]:  # the process may have ended before MLflow had it
+        rows = read_history(folder / HISTORY_NAME)
+        self._recorded = {int(row["epoch"]) for row in rows}
+        self._unwritten: list[dict[str, float]] = []
+        write_text(folder / HISTORY_NAME, "".join(map(_line, rows)))  # a cut last line goes
+        for row in rows:  # the process may have ended before MLflow had them
             self._log(row)
 
     def step(self, position: Position) -> None:
@@ -63,12 +62,12 @@ class Reporter:
         alpha = {k.removeprefix("alpha/"): v for k, v in metrics.items() if k.startswith("alpha/")}
         shown = {k: metrics[k] for k in ("train/loss", "val/accuracy") if k in metrics}
         self._progress(epoch, self._steps_per_epoch, {"alpha": alpha, **shown})
-        if epoch <= self._recorded:
+        if epoch in self._recorded:
             return
-        row = metrics | {"epoch": epoch, "time": self._times.get(epoch, time.time())}
-        with (self._folder / HISTORY_NAME).open("a") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
-        self._recorded = epoch
+        row = metrics | {"epoch": epoch, "time": time.time()}
+        self._recorded.add(epoch)
+        self._unwritten.append(row)
+        self._write()
         self._log(row)
 
     def phase(self, phase: str, epoch: int) -> None:
@@ -77,10 +76,20 @@ class Reporter:
 
     def close(self) -> int:
         """Send what is still to be sent to MLflow; returns how many metrics it did not take."""
+        self._write()
         return self._logger.close() + self._logger.num_dropped
 
     def _log(self, row: dict[str, float]) -> None:
         self._logger.log(row, step=int(row["epoch"]), seconds=row["time"])
+
+    def _write(self) -> None:
+        try:
+            with (self._folder / HISTORY_NAME).open("a") as file:
+                file.writelines(map(_line, self._unwritten))
+        except OSError as error:
+            log.warning("%s is written later: %s", HISTORY_NAME, error)
+        else:
+            self._unwritten = []
 
     def _progress(
         self, epoch: int, step: int, values: dict[str, Any], phase: str | None = None
@@ -94,4 +103,9 @@ class Reporter:
             "step": step,
             "steps_per_epoch": self._steps_per_epoch,
         }
-        write_text(self._folder / PROGRESS_NAME, json.dumps(self._record))
+        with contextlib.suppress(OSError):  # the next one may come through
+            write_text(self._folder / PROGRESS_NAME, json.dumps(self._record))
+
+
+def _line(row: dict[str, float]) -> str:
+    return json.dumps(row, sort_keys=True) + "\n"

@@ -10,6 +10,7 @@ checkpoints go when a new one is safe.
 import contextlib
 import errno
 import logging
+import os
 import re
 import sys
 import threading
@@ -183,8 +184,21 @@ class CheckpointStore:
             self._fs.delete_file(marker)
 
     def _write(self, name: str, content: bytes) -> None:
-        with self._fs.open_output_stream(self._path(name)) as stream:
+        path = self._path(name)
+        with self._fs.open_output_stream(path) as stream:
             stream.write(content)
+        if isinstance(self._fs, fs.LocalFileSystem):  # others keep what they have accepted
+            _sync(path)
+            _sync(os.path.dirname(path))
+
+
+def _sync(path: str) -> None:
+    """Have a file, or the names in a folder, outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _parse(line: str) -> StepRecord:
@@ -224,6 +238,8 @@ class CheckpointWriter:
             keep: a checkpoint that must stay, however old.
         """
         self.wait()
+        if self.error is not None:
+            return  # the steps before would be missing in the records
         arguments = (name, packed, first, records, keep)
         # Not a daemon: a process that ends finishes its checkpoint first.
         self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint")
@@ -244,7 +260,7 @@ class CheckpointWriter:
                 self._store.save_steps(first, records)
                 self._store.save(name, files)
 
-            _retried(write, f"checkpoint {self._store.where(name)}")
+            retried(write, f"checkpoint {self._store.where(name)}")
         except Exception as error:  # whatever a file system raises; handed to the training thread
             self.error = StorageError(
                 f"checkpoint {self._store.where(name)} could not be written: "
@@ -266,11 +282,12 @@ class CheckpointWriter:
             self._store.remove(name)
 
 
-def _retried(action: Callable[[], Any], what: str) -> None:
+def retried(action: Callable[[], Any], what: str) -> Any:
+    """Do it, again and again for RETRY_SECONDS while it raises an OSError that may go away."""
     pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
     while True:
         try:
-            action()
+            result = action()
         except OSError as error:
             spent = time.monotonic() - began
             if error.errno in FINAL_ERRORS or spent + pause > RETRY_SECONDS:
@@ -282,4 +299,4 @@ def _retried(action: Callable[[], Any], what: str) -> None:
         else:
             if pause > FIRST_PAUSE_SECONDS:
                 log.info("%s succeeded after %.0f s", what, time.monotonic() - began)
-            return
+            return result

@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from data.schema import Manifest, Split
 from service.config import ConfigError, RunConfig
 from service.faults import Faults
-from service.files import STOP_NAME
+from service.files import STOP_NAME, VALIDATION_PHASE
 from service.keeper import Keeper
 from service.reporting import Reporter
 from service.rows import WorkerRows, make_order
-from service.storage import CheckpointStore, StorageError, checkpoint_name
+from service.storage import CheckpointStore, StorageError, checkpoint_name, retried
 from training import checkpoint as checkpoints
 from training.chain import StepRecord, order_text
-from training.distributed import add_in_rank_order, from_rank_zero, rank, world_size
+from training.distributed import add_in_rank_order, any_rank, from_rank_zero, rank, world_size
 from training.encoders import ModalityKind, build_model
 from training.evaluation import evaluate
 from training.loop import LOSS, ORDER, Hooks, Position, fit
@@ -91,6 +91,13 @@ class _TerminableBackend(ray.train.torch.TorchConfig().backend_cls):
     def on_training_start(self, worker_group, backend_config) -> None:
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(watch_termination)
+
+    def on_shutdown(self, worker_group, backend_config) -> None:
+        """Leave the process group as it is: the processes are about to be killed.
+
+        Torch's would be destroyed under a loop that is still training, for which every rank would
+        then be rank 0 of 1 and write checkpoints.
+        """
 
 
 class TerminableTorchConfig(ray.train.torch.TorchConfig):
@@ -293,7 +300,8 @@ class _Training:
         self._reporter: Reporter | None = None
         self._stop_seen, self._stop_polled = False, 0.0
         self._watches_notices: bool = payload["watch_notices"]
-        self._notice_seen, self._notice_polled = False, 0.0
+        self._notice_polled = 0.0
+        self._unrecorded: list[tuple[int, dict[str, float]]] = []
         context = ray.get_runtime_context()
         node = (context.get_node_id(), context.gcs_address)
         self._faults = Faults(payload["faults"], self._folder, node)
@@ -303,9 +311,7 @@ class _Training:
         position, state = self._resume(), self._state
         if rank() == 0:
             order = make_order(state.config, state.manifest)
-            self._reporter = Reporter(
-                state.config, order, self._folder, self._tracking, position.epoch
-            )
+            self._reporter = Reporter(state.config, order, self._folder, self._tracking)
         self._faults.resumed(position.steps_done)
         hooks = Hooks(
             wrap=state.wrap,
@@ -323,6 +329,7 @@ class _Training:
     def close(self) -> int:
         """Finish what is being written; returns how many metrics MLflow did not take."""
         self._keeper.wait()
+        self._record()
         return self._reporter.close() if self._reporter else 0
 
     def _resume(self) -> Position:
@@ -334,9 +341,10 @@ class _Training:
         found: tuple[Position, dict[str, Any]] | None = None
         name, problem = None, None
         if rank() == 0:
-            for name in reversed(self._state.store.names()):
+            names = retried(self._state.store.names, "listing checkpoints")
+            for name in reversed(names):
                 try:
-                    found = self._state.load(name)
+                    found = self._load(name)
                     break
                 except checkpoints.CheckpointError as error:
                     log.warning("%s", error)
@@ -346,9 +354,22 @@ class _Training:
             raise checkpoints.CheckpointError(problem)
         if name is None:
             return Position()
-        position, notes = found or self._state.load(name)
+        try:
+            found = found or self._load(name)
+        except checkpoints.CheckpointError as error:
+            log.error("%s", error)
+        if any_rank(found is None):
+            raise checkpoints.CheckpointError(
+                f"rank 0 could load checkpoint {self._state.store.where(name)}, another rank could "
+                "not; all nodes must see the same files; give a checkpoint.storage that they share"
+            )
+        assert found is not None
+        position, notes = found
         self._keeper.restore(position, notes)
         return position
+
+    def _load(self, name: str) -> tuple[Position, dict[str, Any]]:
+        return retried(lambda: self._state.load(name), f"reading checkpoint {name}")
 
     def _signals(self) -> dict[str, Tensor]:
         flags = {
@@ -366,12 +387,13 @@ class _Training:
         """Whether the driver left its note; looked for by rank 0, not in every step."""
         if rank() == 0 and time.monotonic() - self._stop_polled > STOP_POLL_SECONDS:
             self._stop_polled = time.monotonic()
-            self._stop_seen |= (self._folder / STOP_NAME).exists()
+            with contextlib.suppress(OSError):  # the storage is away for a while
+                self._stop_seen |= (self._folder / STOP_NAME).exists()
         return self._stop_seen
 
     def _look_is_due(self) -> bool:
         """Whether to look for a notice that a node will be taken away; rank 0 decides for all."""
-        if not self._watches_notices or rank() > 0 or self._notice_seen:
+        if not self._watches_notices or rank() > 0:
             return False
         if time.monotonic() - self._notice_polled < NOTICE_POLL_SECONDS:
             return False
@@ -379,15 +401,16 @@ class _Training:
         return True
 
     def _look_for_notice(self, position: Position) -> None:
-        """Save at once if a node will be taken away; Ray starts the group again when it is."""
-        if ray.train.get_preemption_info() is not None:
-            self._notice_seen = True
+        """Save now and then while a node is to be taken away; Ray starts the group again then."""
+        if ray.train.get_preemption_info() is not None and not self._keeper.busy:
             self._keeper.save(position)
 
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
         self._keeper.step(position, signals)
         if self._reporter:
             self._reporter.step(position)
+        if not self._keeper.busy:
+            self._record()
         self._faults.strike(position.steps_done)
         names = (STOP, LEAVE, FAILED, LOOK)
         *asked, look = torch.stack([signals[name] for name in names]).tolist()
@@ -412,7 +435,7 @@ class _Training:
     def _on_trained(self, position: Position, validates: bool) -> None:
         """Save the weights that will be validated: the candidate for the best checkpoint."""
         if self._reporter and validates:
-            self._reporter.phase("validate", position.epoch)
+            self._reporter.phase(VALIDATION_PHASE, position.epoch)
         if validates:
             self._keeper.save(position)
         self._keeper.candidate = checkpoint_name(position.steps_done) if validates else None
@@ -424,15 +447,21 @@ class _Training:
     def _on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         if "val/accuracy" in metrics:
             self._keeper.validated(epoch, metrics, self._state.method.is_main_phase(epoch))
-            self._keeper.wait()
+        self._unrecorded.append((epoch, metrics))
+
+    def _record(self) -> None:
+        """Report the epochs whose checkpoint is safe."""
         if self._reporter and self._keeper.error is None:
-            self._reporter.epoch(epoch, metrics)
+            for epoch, metrics in self._unrecorded:
+                self._reporter.epoch(epoch, metrics)
+        self._unrecorded = []
 
     def _test_best(self) -> dict[str, Any]:
         """Load the checkpoint with the best validation accuracy of the main phase and test it."""
         if self._reporter:
             self._reporter.phase("evaluate", self._state.config.optim.epochs - 1)
         self._keeper.agree()
+        self._record()
         best, chain = self._keeper.best, self._keeper.chain
         assert best is not None
         self._state.load_weights(best["name"])

@@ -3,8 +3,8 @@
 A checkpoint is four files: `model.safetensors` (the method's state dict, buffers included),
 `optimizer.safetensors` (tensors named `<state>/<parameter>`), `position.safetensors` (sums of the
 running epoch, and its rows if they were resampled) and `state.json`: format version, SHA-256 of the
-tensor files, the rest of the optimizer's state, the schedule and the position. There is no state of
-random generators: all randomness is derived from (seed, epoch, step).
+tensor files and of itself, the rest of the optimizer's state, the schedule and the position. There
+is no state of random generators: all randomness is derived from (seed, epoch, step).
 
 `state.json` is the marker: it is to be written last and removed first, so that files without it are
 not a checkpoint. Where the files are kept is the caller's business.
@@ -32,6 +32,7 @@ MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 POSITION_NAME = "position.safetensors"
 STATE_NAME = "state.json"
+STATE_HASH = "sha256_of_the_rest"
 WEIGHTS_FILES = (MODEL_NAME, STATE_NAME)
 REMEDY = "use an older checkpoint"
 
@@ -57,8 +58,13 @@ class Packed:
         sha256 = {
             name: hashlib.sha256(content).hexdigest() for name, content in self.tensors.items()
         }
-        marker = json.dumps(self.state | {"sha256": sha256}, indent=2) + "\n"
+        state = self.state | {"sha256": sha256}
+        marker = json.dumps(state | {STATE_HASH: _state_hash(state)}, indent=2) + "\n"
         return {**self.tensors, STATE_NAME: marker.encode()}
+
+
+def _state_hash(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def pack(
@@ -270,6 +276,10 @@ def _read_state(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{where} has format_version {version}; this program reads {FORMAT_VERSION}; use the "
             "program that wrote it"
+        )
+    if state.pop(STATE_HASH, None) != _state_hash(state):
+        raise CheckpointError(
+            f"{where}/{STATE_NAME} is corrupt: it does not have the SHA-256 it names; {REMEDY}"
         )
     return state
 

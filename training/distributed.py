@@ -52,6 +52,15 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether it is so on some rank; the same answer on every rank."""
+    if world_size() == 1:
+        return flag
+    flags: list[bool] = [False] * world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
 def sync_buffers(module: nn.Module) -> None:
     """Give every rank the buffers of rank 0.
 

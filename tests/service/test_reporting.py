@@ -35,8 +35,8 @@ def tracking(storage: Path) -> dict[str, str]:
     return {"uri": uri, "run_id": open_run(uri, storage, "toy", "run", {}, {}, data)}
 
 
-def started(folder: Path, tracking: dict[str, str], epoch: int = 0) -> Reporter:
-    return Reporter(CONFIG, ORDER, folder, tracking, epoch)
+def started(folder: Path, tracking: dict[str, str]) -> Reporter:
+    return Reporter(CONFIG, ORDER, folder, tracking)
 
 
 def metrics(epoch: int) -> dict[str, float]:
@@ -45,7 +45,7 @@ def metrics(epoch: int) -> dict[str, float]:
 
 def train(folder: Path, tracking: dict[str, str], start: int, stop: int) -> None:
     """An attempt that validates epochs [start, stop)."""
-    reporter = started(folder, tracking, start)
+    reporter = started(folder, tracking)
     for epoch in range(start, stop):
         reporter.epoch(epoch, metrics(epoch))
     assert reporter.close() == 0
@@ -101,16 +101,32 @@ def test_a_row_that_mlflow_missed_is_made_up_for(tmp_path: Path, tracking: dict[
     assert read_history(tmp_path / "history.jsonl") == [row]
 
 
-def test_rows_of_a_lost_attempt_are_dropped(tmp_path: Path, tracking: dict[str, str]):
+def test_epochs_that_are_gone_through_again_are_recorded_once(
+    tmp_path: Path, tracking: dict[str, str]
+):
     train(tmp_path, tracking, 0, 5)
-    reporter = started(tmp_path, tracking, epoch=2)
+    before = history(tmp_path)
+    reporter = started(tmp_path, tracking)  # back to an older checkpoint
+    for epoch in (2, 3, 4, 5):
+        reporter.epoch(epoch, metrics(epoch) | {"time/epoch_seconds": 9.0})
+    assert history(tmp_path)[:5] == before
+    assert [row["epoch"] for row in history(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert [step for step, _ in points(tracking)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_storage_that_is_away_delays_rows_and_stops_nothing(
+    tmp_path: Path, tracking: dict[str, str]
+):
+    reporter = started(tmp_path, tracking)
+    reporter.epoch(0, metrics(0))
+    away = tmp_path.rename(tmp_path.with_name("away"))
+    tmp_path.write_text("in the place of the folder")
+    reporter.epoch(1, metrics(1))
+    reporter.phase("validate", 1)
+    tmp_path.unlink()
+    away.rename(tmp_path)
+    reporter.epoch(2, metrics(2))
     assert [row["epoch"] for row in history(tmp_path)] == [0, 1, 2]
-    reporter.epoch(3, metrics(3) | {"val/accuracy": 0.75})
-    assert history(tmp_path)[3]["val/accuracy"] == 0.75
-    reporter.epoch(4, metrics(4))
-    assert len(history(tmp_path)) == 5
-    steps = [step for step, _ in points(tracking)]
-    assert sorted(steps) == [0, 1, 2, 3, 3, 4]  # the same value again is the same point
 
 
 def test_a_row_that_was_cut_off_is_written_again(tmp_path: Path, tracking: dict[str, str]):
@@ -166,6 +182,6 @@ def test_an_attempt_keeps_the_rows_of_the_ones_before_byte_for_byte(
 ):
     train(tmp_path, tracking, 0, 2)
     before = (tmp_path / "history.jsonl").read_bytes()
-    started(tmp_path, tracking, epoch=2)
+    started(tmp_path, tracking)
     assert (tmp_path / "history.jsonl").read_bytes() == before
     assert json.loads(before.splitlines()[0])["epoch"] == 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,14 +231,19 @@ def test_other_format_is_refused(saved):
         load_weights(saved, Stateful())
 
 
-def test_file_that_is_not_safetensors_is_named(saved):
-    """The recorded SHA-256 is right, the content is not."""
-    (saved / "model.safetensors").write_bytes(b"junk")
-    state = json.loads((saved / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = hashlib.sha256(b"junk").hexdigest()
-    (saved / "state.json").write_text(json.dumps(state))
+def test_file_that_is_not_safetensors_is_named():
+    """All recorded hashes are right, the content is not."""
+    packed = pack(*Run().parts, Position(), {})
+    junk = replace(packed, tensors=packed.tensors | {"model.safetensors": b"junk"})
     with pytest.raises(CheckpointError, match="not a safetensors file"):
-        load_weights(saved, Stateful())
+        checkpoints.load_weights(junk.files(), "memory", Stateful())
+
+
+def test_changed_digit_in_the_state_is_found(saved):
+    text = (saved / "state.json").read_text()
+    (saved / "state.json").write_text(text.replace('"steps_done": 0', '"steps_done": 1'))
+    with pytest.raises(CheckpointError, match=r"state\.json is corrupt.*older checkpoint"):
+        load(saved, *Run().parts)
 
 
 def test_first_different_shape_is_named_and_nothing_moves(saved):
