@@ -195,7 +195,8 @@ class Console:
         self.out.print(table)
         spread = report["chaos/max_weight_difference"]
         equal = report["chaos/final_weights_equal"]
-        weights = "equal in every bit" if equal else f"differ by up to {spread}"
+        weights = "equal in every bit" if spread == 0 else f"differ by up to {spread}"
+        weights = f"equal: {weights}" if equal and spread else weights
         order = "equal" if report["chaos/order_equal"] else "different"
         self._places({"weights": f"{weights} (final, against the unbroken run)", "order": order})
 
