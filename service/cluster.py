@@ -20,7 +20,8 @@ from service.files import (
     read_json,
 )
 
-START_ATTEMPTS = 3
+# After a node is lost, Ray counts on it for half a minute; `_wait` bounds the time, not this.
+START_ATTEMPTS = 10
 # Longer than rank 0 may wait for its storage.
 COLLECTIVE_SECONDS = 900
 RESIZE_SECONDS = 10.0

@@ -77,7 +77,7 @@ class ScalingConfig(BaseModel):
     max_failures: int = Field(default=2, ge=0)
     """Worker crashes after which the run is given up; each continues at the last checkpoint."""
     start_timeout_seconds: float = Field(default=60.0, gt=0)
-    """Wait for the workers' resources, after a lost node too; three waits in vain end the run."""
+    """How long the cluster may lack the fewest workers' resources before the run ends."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScalingConfig":

@@ -17,7 +17,7 @@ from training.chain import StepRecord
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 EVERY_5 = ("--checkpoint.every-steps", "5")
-ROOM = ("--scaling.start-timeout-seconds", "5")
+ROOM = ("--scaling.start-timeout-seconds", "10")
 
 
 @pytest.fixture(scope="module")
