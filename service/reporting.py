@@ -48,8 +48,8 @@ class Reporter:
         self._recorded = {int(row["epoch"]) for row in rows}
         self._unwritten: list[dict[str, float]] = []
         write_text(folder / HISTORY_NAME, "".join(map(_line, rows)))  # a cut last line goes
-        for row in rows:  # the process may have ended before MLflow had them
-            self._log(row)
+        # The process may have ended before MLflow had them.
+        self._logger.log_many((row, int(row["epoch"]), row["time"]) for row in rows)
 
     def step(self, position: Position) -> None:
         """Write the progress record, at most every PROGRESS_SECONDS."""
@@ -68,7 +68,7 @@ class Reporter:
         self._recorded.add(epoch)
         self._unwritten.append(row)
         self._write()
-        self._log(row)
+        self._logger.log(row, step=epoch, seconds=row["time"])
 
     def phase(self, phase: str, epoch: int) -> None:
         """Show a phase other than training."""
@@ -78,9 +78,6 @@ class Reporter:
         """Send what is still to be sent to MLflow; returns how many metrics it did not take."""
         self._write()
         return self._logger.close() + self._logger.num_dropped
-
-    def _log(self, row: dict[str, float]) -> None:
-        self._logger.log(row, step=int(row["epoch"]), seconds=row["time"])
 
     def _write(self) -> None:
         try:

@@ -14,7 +14,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -121,7 +121,12 @@ class RunLogger:
         `seconds` is the time of the measurement since 1970: MLflow stores the same metric with the
         same step and time once, so that logging again after a restart adds nothing.
         """
-        self._pending += _entities(self._finite(metrics), step, seconds)
+        self.log_many([(metrics, step, seconds)])
+
+    def log_many(self, records: Iterable[tuple[Mapping[str, float], int, float]]) -> None:
+        """`log` for several (metrics, step, seconds), with as few calls to MLflow as possible."""
+        for metrics, step, seconds in records:
+            self._pending += _entities(self._finite(metrics), step, seconds)
         if time.monotonic() >= self._retry_at:
             self._send()
 
