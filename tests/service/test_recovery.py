@@ -218,7 +218,8 @@ def test_a_node_lost_for_good_ends_a_fixed_run_and_shrinks_an_elastic_one(storag
         assert done.returncode == 1
         assert "2 workers with 1 each need 2" in done.stderr.replace("\n", " ")
         assert "not replaced" in done.stderr
-        nodes.replace()
+    with local_nodes(2, 1) as nodes:
+        environment = {"RAY_ADDRESS": nodes.environment["RAY_ADDRESS"]}
         elastic = ("--scaling.num-workers", "1", "2", "--name", "elastic", "--json")
         result = last_json(midas(*command, *fault, *elastic, storage=storage, **environment))
     store = CheckpointStore.at(str(storage / "elastic" / "checkpoints"))
