@@ -34,6 +34,12 @@ FINAL_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
 }
+# What clients under fsspec raise, beside OSErrors, while their server is away.
+AWAY_ERRORS = {
+    *("botocore.exceptions.ConnectionError", "botocore.exceptions.HTTPClientError"),
+    *("azure.core.exceptions.ServiceRequestError", "azure.core.exceptions.ServiceResponseError"),
+    *("aiohttp.client_exceptions.ClientConnectionError", "gcsfs.retry.HttpError"),
+}
 NAME = re.compile(r"step_\d{10}")
 STEPS_NAME = re.compile(r"(\d{10})\.csv")
 
@@ -283,14 +289,14 @@ class CheckpointWriter:
 
 
 def retried(action: Callable[[], Any], what: str) -> Any:
-    """Do it, again and again for RETRY_SECONDS while it raises an OSError that may go away."""
+    """Do it, again and again for RETRY_SECONDS while it raises an error that may go away."""
     pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
     while True:
         try:
             result = action()
-        except OSError as error:
+        except Exception as error:
             spent = time.monotonic() - began
-            if error.errno in FINAL_ERRORS or spent + pause > RETRY_SECONDS:
+            if not _may_go_away(error) or spent + pause > RETRY_SECONDS:
                 raise
             if pause == FIRST_PAUSE_SECONDS:
                 log.warning("%s failed and is tried again: %s", what, error)
@@ -300,3 +306,10 @@ def retried(action: Callable[[], Any], what: str) -> Any:
             if pause > FIRST_PAUSE_SECONDS:
                 log.info("%s succeeded after %.0f s", what, time.monotonic() - began)
             return result
+
+
+def _may_go_away(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno not in FINAL_ERRORS
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    return not kinds.isdisjoint(AWAY_ERRORS)

@@ -328,6 +328,23 @@ def test_a_storage_that_is_away_for_a_while_gets_its_checkpoint(
 
 
 @pytest.mark.usefixtures("quick")
+def test_errors_of_network_clients_are_tried_again_and_others_are_not():
+    base = type("ConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
+    refused = type("EndpointConnectionError", (base,), {"__module__": "botocore.exceptions"})
+    errors: list[Exception] = [refused("no answer"), OSError("reset"), refused("no answer")]
+
+    def action() -> str:
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    assert storage.retried(action, "it") == "done"
+    errors = [ValueError("a bug"), refused("no answer")]
+    with pytest.raises(ValueError, match="a bug"):
+        storage.retried(action, "it")
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_storage_that_does_not_come_back_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
