@@ -169,7 +169,7 @@ def _card(config: RunConfig, faults: list[Fault]) -> dict[str, Any]:
     seconds, replayed = [], []
     for fault in struck(folder):
         recovery = recovery_from(fault, trace)
-        key = f"chaos/{fault['action']}:{fault['target']}@step={fault['step']}"
+        key = f"chaos/{fault['action']}:{fault['target']}@{fault['place']}={fault['number']}"
         card[f"{key}/recovered"] = recovery is not None or finished
         if recovery:
             seconds.append(recovery["seconds_to_first_new_step"])

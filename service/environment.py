@@ -6,6 +6,8 @@ import secrets
 RAY_ENVIRONMENT = {
     # One report costs up to one poll interval; the default of 2 s would dominate short epochs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # A notice that a node will be taken away may be short.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

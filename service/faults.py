@@ -1,4 +1,4 @@
-"""Faults on purpose, struck by the workers themselves after an exact step: for `--chaos`.
+"""Faults on purpose, struck by the workers themselves at an exact place: for `--chaos`.
 
 A fault strikes once in a run: its file in the run folder says when it did. Without faults nothing
 here does anything.
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ from service.files import FAULTS_NAME, read_history, read_json, write_text
 from training.distributed import rank, world_size
 
 TARGETS = ("worker", "node", "driver")
-FAULT = re.compile(r"(?P<action>\w+):(?P<target>\w+)@step=(?P<step>\d+)")
+STEP, VALIDATION = "step", "validation"
+FAULT = re.compile(
+    rf"(?P<action>\w+):(?P<target>\w+)@(?P<place>{STEP}|{VALIDATION})=(?P<number>\d+)"
+)
 DRAIN, DRAIN_SECONDS = "drain", 10
+# A validation that is struck takes as long as one of much data.
+VALIDATION_SECONDS = 60
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGTERM}
 RESIZE = "workers"
 TRACE_NAME = "trace.jsonl"
@@ -36,21 +42,24 @@ class Fault:
             with another number of them.
         target: the worker of the last rank, the node it is on (its Ray process), or the driver;
             or the number of workers.
-        step: steps of the run after which it strikes.
+        place: STEP, or VALIDATION.
+        number: steps of the run after which it strikes; or epochs, and then it strikes in the
+            middle of the validation that follows.
     """
 
     action: str
     target: str
-    step: int
+    place: str
+    number: int
 
     @property
     def name(self) -> str:
-        """`action:target@step=N`."""
-        return f"{self.action}:{self.target}@step={self.step}"
+        """`action:target@place=N`."""
+        return f"{self.action}:{self.target}@{self.place}={self.number}"
 
 
 def parse_faults(text: str) -> list[Fault]:
-    """Faults from `kill:worker@step=40, stop:driver@step=80`, ordered by step.
+    """Faults from `kill:worker@step=40, term:worker@validation=3`, ordered by number.
 
     Raises:
         ValueError: the text is not a list of faults.
@@ -62,12 +71,13 @@ def parse_faults(text: str) -> list[Fault]:
             raise ValueError(
                 f"{part!r} is not a fault; write ACTION:TARGET@step=N, with an action of "
                 f"{', '.join(SIGNALS)} and a target of {', '.join(TARGETS)}, drain:node@step=N, "
-                "or workers:NUMBER@step=N, separated by commas"
+                "or workers:NUMBER@step=N, separated by commas; @validation=N strikes in the "
+                "validation after epoch N"
             )
-        faults.append(Fault(found["action"], found["target"], int(found["step"])))
+        faults.append(Fault(found["action"], found["target"], found["place"], int(found["number"])))
     if len(set(faults)) < len(faults):
-        raise ValueError(f"{text!r} names a fault twice; each strikes once; give another step")
-    return sorted(faults, key=lambda fault: fault.step)
+        raise ValueError(f"{text!r} names a fault twice; each strikes once; give another number")
+    return sorted(faults, key=lambda fault: fault.number)
 
 
 def _is_known(action: str, target: str) -> bool:
@@ -101,19 +111,33 @@ class Faults:
         self._trace("resumed", steps_done)
 
     def strike(self, steps_done: int) -> None:
-        """Strike the faults that are due; may not return."""
+        """Strike the faults that are due after a step; may not return."""
         self._trace("step", steps_done)
+        self._strike(STEP, steps_done, steps_done)
+
+    def validating(self, chunks: Iterable[Any], epoch: int, steps_done: int) -> Iterator[Any]:
+        """Hand on what is validated; strike the faults that are due in this validation."""
+        for chunk in chunks:
+            yield chunk
+            if self._strike(VALIDATION, epoch + 1, steps_done):
+                time.sleep(VALIDATION_SECONDS)
+
+    def _strike(self, place: str, number: int, steps_done: int) -> bool:
+        found = False
         for fault in self._faults:
             mark = self._folder / f"{fault.name}.json"
-            if fault.step <= steps_done and rank() == world_size() - 1 and not mark.exists():
+            due = fault.place == place and fault.number <= number
+            if due and rank() == world_size() - 1 and not mark.exists():
+                found = True
                 record = {"time": time.time(), "steps_done": steps_done, **asdict(fault)}
                 write_text(mark, json.dumps(record | {"raylet": os.getppid()}))
                 if fault.action == DRAIN:
                     self._drain()
                     continue
                 known = {"worker": os.getpid(), "node": os.getppid()}
-                number = SIGNALS.get(fault.action, signal.SIGTERM)
-                os.kill(known.get(fault.target, self._driver), number)
+                hit = SIGNALS.get(fault.action, signal.SIGTERM)
+                os.kill(known.get(fault.target, self._driver), hit)
+        return found
 
     def _drain(self) -> None:
         node, address = self._node
@@ -137,5 +161,5 @@ def read_trace(folder: Path) -> list[dict[str, Any]]:
 
 def struck(folder: Path) -> list[dict[str, Any]]:
     """Records of the faults that have struck a run, in order of time."""
-    found = [read_json(path) for path in (folder / FAULTS_NAME).glob("*@step=*.json")]
+    found = [read_json(path) for path in (folder / FAULTS_NAME).glob("*@*.json")]
     return sorted((record for record in found if record), key=lambda record: record["time"])

@@ -197,7 +197,6 @@ class _Run:
             "run_folder": str(self._folder),
             "tracking": {"uri": self._uri, "run_id": self._run_id},
             "faults": self._faults,
-            "watch_notices": environment()["RAY_ADDRESS"] is not None,
         }
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +34,7 @@ from service.reporting import Reporter
 from service.rows import WorkerRows, make_order
 from service.storage import CheckpointStore, StorageError, checkpoint_name, retried
 from training import checkpoint as checkpoints
+from training.batch import Batch
 from training.chain import StepRecord, order_text
 from training.distributed import add_in_rank_order, any_rank, from_rank_zero, rank, world_size
 from training.encoders import ModalityKind, build_model
@@ -43,10 +46,11 @@ from training.optim import build_optimizer, build_schedule
 
 log = logging.getLogger(__name__)
 
-STOP, LEAVE, FAILED, LOOK = "stop", "leave", "failed", "look"
+STOP, LEAVE, FAILED = "stop", "leave", "failed"
 STOP_POLL_SECONDS = 0.2
-NOTICE_POLL_SECONDS = 2.0
 LEAVE_SECONDS = 30.0
+# Before a node is taken away: time for a last checkpoint.
+NOTICE_SECONDS = 5.0
 
 
 class Stopped(Exception):
@@ -60,18 +64,54 @@ class Termination:
     """
 
     asked = False
+    _may_leave: Callable[[], bool] | None = None
 
     def watch(self) -> None:
         """Take over SIGTERM; to be called in the main thread."""
         signal.signal(signal.SIGTERM, self._ask)
 
+    @contextlib.contextmanager
+    def without_steps(self, may_leave: Callable[[], bool]) -> Iterator[None]:
+        """Leave in the middle of the body, as soon as `may_leave` says that nothing is lost."""
+        self._may_leave = may_leave
+        try:
+            yield
+        finally:
+            self._may_leave = None
+
     def _ask(self, signum: int, frame: object) -> None:
         if self.asked:
             os._exit(128 + signum)
         self.asked = True
-        timer = threading.Timer(LEAVE_SECONDS, os._exit, (128 + signum,))
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=self._end, args=(128 + signum,), daemon=True).start()
+
+    def _end(self, code: int) -> None:
+        began = time.monotonic()
+        while time.monotonic() - began < LEAVE_SECONDS:
+            may_leave = self._may_leave
+            if may_leave and may_leave():
+                leave()
+            time.sleep(STOP_POLL_SECONDS)
+        os._exit(code)
+
+
+def notice() -> ray.train.PreemptionInfo | None:
+    """What Ray knows of nodes of this run that will be taken away.
+
+    `ray.train.get_preemption_info()` is the same behind a barrier of all ranks.
+    """
+    return get_train_context().preemption_context.preemption_info
+
+
+def leave() -> None:
+    """Have Ray start the group again now, as when a node was taken away.
+
+    A process that just ends would count as a failure.
+    """
+    context = get_train_context()
+    here = {ray.get_runtime_context().get_node_id(): [context.get_world_rank()]}
+    info = ray.train.PreemptionInfo(deadline_ms=0, preempted_node_to_ranks=here)
+    context.preemption_context.preemption_info = info
 
 
 termination = Termination()
@@ -129,8 +169,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         payload: `config` and `manifest` (JSON values), `data_folder`, `run_folder` (shared
-            storage), `checkpoints` (URI), `tracking` (arguments of RunLogger), `faults` (see
-            service/faults.py), and `watch_notices`, whether Ray tells of nodes to be taken away.
+            storage), `checkpoints` (URI), `tracking` (arguments of RunLogger), and `faults` (see
+            service/faults.py).
     """
     run = _Training(payload)
     try:
@@ -197,7 +237,7 @@ class _State:
 
     def load(self, name: str) -> tuple[Position, dict[str, Any]]:
         """Restore a checkpoint; returns its position and notes."""
-        files, where = self.store.load(name), self.store.where(name)
+        files, where = self._read(name), self.store.where(name)
         return checkpoints.load(files, where, self.method, self.optimizer, self.schedule)
 
     def widen(self) -> None:
@@ -210,8 +250,11 @@ class _State:
 
     def load_weights(self, name: str) -> None:
         """Restore parameters and buffers only."""
-        files = self.store.load(name, checkpoints.WEIGHTS_FILES)
+        files = self._read(name, checkpoints.WEIGHTS_FILES)
         checkpoints.load_weights(files, self.store.where(name), self.method)
+
+    def _read(self, name: str, wanted: Collection[str] | None = None) -> dict[str, bytes]:
+        return retried(lambda: self.store.load(name, wanted), f"reading checkpoint {name}")
 
     def pack(self, position: Position, notes: dict[str, Any]) -> checkpoints.Packed:
         """Copy the state of training."""
@@ -236,10 +279,10 @@ class _State:
             add_in_rank_order(wrapped)
         return wrapped
 
-    def evaluate(self, split: Split, *, subsets: bool) -> dict[str, float]:
+    def evaluate(self, chunks: Iterable[Batch], *, subsets: bool) -> dict[str, float]:
         """Metrics of a split, without prefix."""
         return evaluate(
-            *(self.method, self.rows.evaluation(split)),
+            *(self.method, chunks),
             seed=self.config.train.seed,
             subsets=subsets,
             device=self.device,
@@ -247,7 +290,7 @@ class _State:
 
     def test(self, split: Split) -> dict[str, float]:
         """All metrics of a split, `<split>/<metric>`."""
-        metrics = self.evaluate(split, subsets=True)
+        metrics = self.evaluate(self.rows.evaluation(split), subsets=True)
         return {f"{split}/{name}": value for name, value in metrics.items()}
 
     @property
@@ -299,8 +342,8 @@ class _Training:
         self._tracking = payload["tracking"]
         self._reporter: Reporter | None = None
         self._stop_seen, self._stop_polled = False, 0.0
-        self._watches_notices: bool = payload["watch_notices"]
-        self._notice_polled = 0.0
+        self._validated = (0, 0)
+        self._noticed = False
         self._unrecorded: list[tuple[int, dict[str, float]]] = []
         context = ray.get_runtime_context()
         node = (context.get_node_id(), context.gcs_address)
@@ -344,7 +387,7 @@ class _Training:
             names = retried(self._state.store.names, "listing checkpoints")
             for name in reversed(names):
                 try:
-                    found = self._load(name)
+                    found = self._state.load(name)
                     break
                 except checkpoints.CheckpointError as error:
                     log.warning("%s", error)
@@ -355,7 +398,7 @@ class _Training:
         if name is None:
             return Position()
         try:
-            found = found or self._load(name)
+            found = found or self._state.load(name)
         except checkpoints.CheckpointError as error:
             log.error("%s", error)
         if any_rank(found is None):
@@ -368,15 +411,11 @@ class _Training:
         self._keeper.restore(position, notes)
         return position
 
-    def _load(self, name: str) -> tuple[Position, dict[str, Any]]:
-        return retried(lambda: self._state.load(name), f"reading checkpoint {name}")
-
     def _signals(self) -> dict[str, Tensor]:
         flags = {
             STOP: self._stop_asked(),
-            LEAVE: termination.asked,
+            LEAVE: termination.asked or self._node_goes(),
             FAILED: self._keeper.error is not None,
-            LOOK: self._look_is_due(),
         }
         return {
             name: torch.tensor(float(flag), device=self._state.device)
@@ -391,18 +430,15 @@ class _Training:
                 self._stop_seen |= (self._folder / STOP_NAME).exists()
         return self._stop_seen
 
-    def _look_is_due(self) -> bool:
-        """Whether to look for a notice that a node will be taken away; rank 0 decides for all."""
-        if not self._watches_notices or rank() > 0:
-            return False
-        if time.monotonic() - self._notice_polled < NOTICE_POLL_SECONDS:
-            return False
-        self._notice_polled = time.monotonic()
-        return True
+    def _node_goes(self) -> bool:
+        """Whether a node is about to be taken away; rank 0 decides, by its clock."""
+        info = notice() if rank() == 0 else None
+        return info is not None and time.time() + NOTICE_SECONDS > (info.deadline_ms or 0) / 1000
 
-    def _look_for_notice(self, position: Position) -> None:
-        """Save now and then while a node is to be taken away; Ray starts the group again then."""
-        if ray.train.get_preemption_info() is not None and not self._keeper.busy:
+    def _heed_notice(self, position: Position) -> None:
+        """Save when a notice comes, for the node may go before its time."""
+        if not self._noticed and rank() == 0 and notice() is not None:
+            self._noticed = True
             self._keeper.save(position)
 
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
@@ -412,23 +448,18 @@ class _Training:
         if not self._keeper.busy:
             self._record()
         self._faults.strike(position.steps_done)
-        names = (STOP, LEAVE, FAILED, LOOK)
-        *asked, look = torch.stack([signals[name] for name in names]).tolist()
-        if look:
-            self._look_for_notice(position)
+        self._heed_notice(position)
+        asked = torch.stack([signals[name] for name in (STOP, LEAVE, FAILED)]).tolist()
         if any(asked):
             self._interrupt(position, *asked)
 
-    def _interrupt(self, position: Position, stop: float, leave: float, failed: float) -> None:
+    def _interrupt(self, position: Position, stop: float, leaves: float, failed: float) -> None:
         """All ranks are here, after the same step: save, then end."""
         if not failed:
             self._keeper.save(position)
         self._keeper.agree()
-        if not stop and leave:
-            if termination.asked:
-                os._exit(
-                    128 + signal.SIGTERM
-                )  # the node wants this process to end; Ray starts the group again
+        if not stop and leaves:
+            leave()
             time.sleep(LEAVE_SECONDS)  # ended by Ray with the group
         raise Stopped(f"stopped after epoch {position.epoch + 1}, step {position.step}")
 
@@ -439,10 +470,20 @@ class _Training:
         if validates:
             self._keeper.save(position)
         self._keeper.candidate = checkpoint_name(position.steps_done) if validates else None
+        self._validated = (position.epoch, position.steps_done)
 
     def _validate(self) -> dict[str, float]:
-        metrics = self._state.evaluate("val", subsets=False)
+        chunks = self._faults.validating(self._state.rows.evaluation("val"), *self._validated)
+        with termination.without_steps(self._is_saved):
+            metrics = self._state.evaluate(chunks, subsets=False)
         return {_val_name(name): value for name, value in metrics.items()}
+
+    def _is_saved(self) -> bool:
+        """Whether the checkpoint that is being validated is safe; any rank can tell."""
+        try:
+            return self._keeper.candidate in self._state.store.names()
+        except Exception:  # the storage is away for a while
+            return False
 
     def _on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         if "val/accuracy" in metrics:
@@ -464,9 +505,11 @@ class _Training:
         self._record()
         best, chain = self._keeper.best, self._keeper.chain
         assert best is not None
-        self._state.load_weights(best["name"])
+        with termination.without_steps(lambda: True):
+            self._state.load_weights(best["name"])
+            tested = self._state.test("test")
         return {
-            "metrics": {**best["metrics"], **self._state.test("test"), "best_epoch": best["epoch"]},
+            "metrics": {**best["metrics"], **tested, "best_epoch": best["epoch"]},
             "checkpoint": best["name"],
             "order_chain": chain.order,
             "loss_chain": chain.loss,

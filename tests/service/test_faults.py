@@ -37,14 +37,15 @@ def steps(folder: Path, event: str = "step") -> list[int]:
 
 def test_faults_are_ordered_by_step_and_read_back_from_their_names():
     text = "stop:driver@step=80, kill:worker@step=9,workers:3@step=40,term:node@step=100"
-    text += ",drain:node@step=101"
+    text += ",drain:node@step=101, term:worker@validation=102"
     faults = parse_faults(text)
     assert faults == [
-        Fault("kill", "worker", 9),
-        Fault("workers", "3", 40),
-        Fault("stop", "driver", 80),
-        Fault("term", "node", 100),
-        Fault("drain", "node", 101),
+        Fault("kill", "worker", "step", 9),
+        Fault("workers", "3", "step", 40),
+        Fault("stop", "driver", "step", 80),
+        Fault("term", "node", "step", 100),
+        Fault("drain", "node", "step", 101),
+        Fault("term", "worker", "validation", 102),
     ]
     assert parse_faults(",".join(fault.name for fault in faults)) == faults
 
@@ -55,6 +56,7 @@ def test_faults_are_ordered_by_step_and_read_back_from_their_names():
         *("", "kill", "kill:worker", "kill:worker@40", "kill:worker@step=", "kill:worker@step=x"),
         *("kil:worker@step=4", "kill:head@step=4", "kill:3@step=4", "kill:worker@step=-4"),
         *("workers:0@step=4", "workers:two@step=4", "drain:worker@step=4", "kill:worker@step=4;"),
+        *("kill:worker@epoch=4", "kill:worker@validation"),
     ],
 )
 def test_what_is_not_a_fault_is_said_with_the_rule(part: str):
@@ -88,6 +90,24 @@ def test_the_driver_gets_its_signal_after_the_step(
     assert before <= mark.pop("time") <= time.time()
     assert mark.pop("raylet") == os.getppid()
     assert mark == {"steps_done": 3, **asdict(parse_faults(fault)[0])}
+
+
+def test_the_driver_gets_its_signal_in_the_middle_of_a_validation(
+    tmp_path: Path, driver: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("service.faults.VALIDATION_SECONDS", 0)
+    faults = faults_of("stop:driver@validation=2", tmp_path, driver.pid)
+    faults.strike(9)
+    assert list(faults.validating("abc", 0, 10)) == ["a", "b", "c"]
+    assert struck(tmp_path) == []
+    chunks = faults.validating("abc", 1, 20)
+    assert next(chunks) == "a"
+    assert driver.poll() is None
+    assert next(chunks) == "b"
+    assert driver.wait(timeout=20) == -signal.SIGTERM
+    assert [(mark["place"], mark["steps_done"]) for mark in struck(tmp_path)] == [
+        ("validation", 20)
+    ]
 
 
 def test_a_fault_strikes_once_in_a_run(tmp_path: Path, driver: subprocess.Popen[bytes]):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from service.cluster import local_nodes
+from service.faults import VALIDATION_SECONDS
 from service.files import FAULTS_NAME, read_history, read_json
 from service.inspection import compare_steps
 from service.storage import CheckpointStore
@@ -188,6 +189,35 @@ def test_a_lost_node_and_other_numbers_of_workers(storage: Path):
     assert sizes["chaos/order_equal"] is True
     assert sizes["chaos/steps_replayed"] == 0
     assert sizes["chaos/max_weight_difference"] < 1e-9
+
+
+@pytest.mark.slow
+def test_announced_departures_lose_no_step_and_are_no_failures(storage: Path):
+    """SIGTERM in the warm-up and in the middle of a long validation; then a node with a notice."""
+    result = last_json(
+        midas(
+            *("train", "digits", *SMALL, "--scaling.max-failures", "0", "--name", "t", "--json"),
+            *("--chaos", "term:worker@step=5, term:worker@validation=2"),
+            storage=storage,
+        )
+    )
+    assert result["chaos/recovered"] is True
+    assert result["chaos/final_weights_equal"] is True
+    assert result["chaos/attempts"] == 1
+    assert result["chaos/steps_replayed"] == 0
+    resumed = result["chaos/term:worker@validation=2/seconds_to_resume"]
+    assert resumed < VALIDATION_SECONDS  # the end of the validation was not waited for
+    drained = last_json(
+        midas(
+            *("train", "digits", "--optim.epochs", "14", "--scaling.max-failures", "0"),
+            *("--name", "drained", "--json", "--chaos", "drain:node@step=27"),
+            storage=storage,
+            timeout=600,
+        )
+    )
+    assert drained["chaos/final_weights_equal"] is True
+    assert drained["chaos/attempts"] == 1
+    assert drained["chaos/steps_replayed"] <= 1
 
 
 @pytest.mark.slow
