@@ -129,14 +129,14 @@ class Faults:
             due = fault.place == place and fault.number <= number
             if due and rank() == world_size() - 1 and not mark.exists():
                 found = True
+                if fault.action == DRAIN:
+                    self._drain()  # takes seconds; its time counts from the end
                 record = {"time": time.time(), "steps_done": steps_done, **asdict(fault)}
                 write_text(mark, json.dumps(record | {"raylet": os.getppid()}))
-                if fault.action == DRAIN:
-                    self._drain()
-                    continue
                 known = {"worker": os.getpid(), "node": os.getppid()}
                 hit = SIGNALS.get(fault.action, signal.SIGTERM)
-                os.kill(known.get(fault.target, self._driver), hit)
+                if fault.action != DRAIN:
+                    os.kill(known.get(fault.target, self._driver), hit)
         return found
 
     def _drain(self) -> None:
