@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,36 @@ def midas(
         timeout=timeout,
         env={**os.environ, **environment},
     )
+
+
+def start(*args: str, storage: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "service", *args, "--storage", str(storage)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def finish(
+    process: subprocess.Popen[str], timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
+    """Wait for a command that was started."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def until(condition: Callable[[], bool], timeout: float = 120) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> dict:

@@ -2,17 +2,22 @@
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from service.cluster import local_nodes
 from service.faults import VALIDATION_SECONDS
 from service.files import FAULTS_NAME, read_history, read_json
 from service.inspection import compare_steps
 from service.storage import CheckpointStore
-from tests.service.cli import SMALL, last_json, midas, tracked, weights
+from tests.service.cli import SMALL, finish, last_json, midas, start, tracked, until, weights
+from tests.service.object_store import ENVIRONMENT, serving
 from training.chain import StepRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -260,3 +265,31 @@ def test_a_node_lost_for_good_ends_a_fixed_run_and_shrinks_an_elastic_one(storag
     )
     assert result["order_chain"] == whole["order_chain"]
     assert result["test/accuracy"] == pytest.approx(whole["test/accuracy"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_storage_that_is_away_for_a_while(storage: Path, tmp_path: Path):
+    """S3 that does not answer for 10 s, refuses connections for 30 s, and comes back."""
+    whole = last_json(
+        midas("train", "digits", *SMALL, "--name", "whole", "--json", storage=storage)
+    )
+    with serving(tmp_path / "objects") as server:
+        kept = ("--checkpoint.storage", server.uri, *EVERY_5, "--scaling.max-failures", "0")
+        process = start(
+            *("train", "digits", *SMALL, *kept, "--name", "s3", "--json"),
+            storage=storage,
+            **ENVIRONMENT,
+        )
+        until(lambda: any(server.folder.glob("*state.json")))
+        server.send(signal.SIGSTOP)
+        time.sleep(10)
+        server.kill()
+        time.sleep(30)
+        assert process.poll() is None
+        server.start()
+        result = last_json(finish(process))
+    assert result["loss_chain"] == whole["loss_chain"]
+    key = f"runs/s3/{result['checkpoint']}/model.safetensors"
+    found = load((server.folder / quote(key, safe="")).read_bytes())
+    for name, value in weights(storage, "whole").items():
+        assert (value == found[name]).all(), name
