@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         from data.schema import DataError
-        from service.cluster import RunError
+        from service.cluster import HeadLostError, RunError
         from service.config import ConfigError
 
         if args.debug:
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else "; this is unexpected, --debug shows where it happened"
         console.error_panel(f"{kind}{error}{hint}")
+        if isinstance(error, HeadLostError):
+            os._exit(1)  # Ray crashes when a process without a head ends in the usual way
         return 1
     if args.json:
         console.json_line(result)

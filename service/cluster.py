@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -13,11 +14,12 @@ from typing import Any
 from service.config import RunConfig, ScalingConfig
 from service.environment import configure_ray, environment, worker_environment
 from service.files import (
+    ATTEMPT_NAME,
     PROGRESS_NAME,
-    STOP_NAME,
     TRAINING_PHASES,
     VALIDATION_PHASE,
     read_json,
+    write_text,
 )
 
 # After a node is lost, Ray counts on it for half a minute; `_wait` bounds the time, not this.
@@ -26,6 +28,8 @@ START_ATTEMPTS = 10
 COLLECTIVE_SECONDS = 900
 RESIZE_SECONDS = 10.0
 RESOURCE_POLL_SECONDS = 2.0
+# Ray itself ends this process, without a word to the user, when its head is away for 60 s.
+HEAD_SECONDS = 20.0
 # What an interrupted driver gives the workers for a checkpoint; a second signal ends the wait.
 STOP_SECONDS = 20.0
 CONNECTION_WORDS = ("connection", "peer", "socket", "timed out", "timeout", "barrier")
@@ -33,6 +37,10 @@ CONNECTION_WORDS = ("connection", "peer", "socket", "timed out", "timeout", "bar
 
 class RunError(RuntimeError):
     """A run failed; the message says why and what continues it."""
+
+
+class HeadLostError(RunError):
+    """The head of the Ray cluster is gone, and the cluster with it."""
 
 
 @contextlib.contextmanager
@@ -185,6 +193,12 @@ class Nodes:
         """Add a node in the place of a lost one."""
         self._cluster.add_node(num_cpus=self._cpus, object_store_memory=self._store)
 
+    def kill_head(self) -> None:
+        """SIGKILL to the process that the cluster cannot do without."""
+        head = self._cluster.head_node
+        assert head, "it was started with the cluster"
+        head.kill_gcs_server()
+
     def close(self) -> None:
         """End all nodes."""
         self._cluster.shutdown()
@@ -276,6 +290,9 @@ def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object
     threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
         _wait(ended, scaling)
+    except HeadLostError:
+        write_text(folder / ATTEMPT_NAME, "")  # workers elsewhere may still be training
+        raise
     except KeyboardInterrupt:
         _ask_to_stop(ended, folder)
         if "value" not in outcome:
@@ -289,16 +306,28 @@ def _wait(ended: threading.Event, scaling: ScalingConfig) -> None:
     """Wait for the run to end, as long as the cluster could hold it.
 
     Raises:
+        HeadLostError: the head has not answered for HEAD_SECONDS.
         RunError: resources have been missing for `scaling.start_timeout_seconds`. Ray itself would
             wait for them without limit.
     """
     import ray
 
+    head = ray.get_runtime_context().gcs_address
     missing_since, checked = None, time.monotonic()
+    answered = checked
     while not ended.wait(timeout=0.2):  # without timeout, signals would not interrupt it
         if time.monotonic() - checked < RESOURCE_POLL_SECONDS:
             continue
         checked = time.monotonic()
+        if not _answers(head):
+            if checked - answered > HEAD_SECONDS:
+                raise HeadLostError(
+                    f"the head of the Ray cluster, {head}, has not answered for {HEAD_SECONDS:g} s "
+                    "and is lost with its cluster; start a cluster, then the same command "
+                    "continues at the last checkpoint"
+                )
+            continue
+        answered = checked
         missing = _missing(scaling, ray.cluster_resources())
         missing_since = (missing_since or checked) if missing else None
         if missing_since and checked - missing_since > scaling.start_timeout_seconds:
@@ -309,11 +338,21 @@ def _wait(ended: threading.Event, scaling: ScalingConfig) -> None:
             )
 
 
+def _answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def _ask_to_stop(ended: threading.Event, folder: Path) -> None:
     """Let workers that are training save and end; others have nothing that is not saved."""
     progress = read_json(folder / PROGRESS_NAME) or {}
     if progress.get("phase") in (*TRAINING_PHASES, VALIDATION_PHASE):
-        (folder / STOP_NAME).touch()
+        write_text(folder / ATTEMPT_NAME, "")
         ended.wait(timeout=STOP_SECONDS)
 
 

@@ -10,7 +10,8 @@ RESULT_NAME = "result.json"
 RUN_NAME = "run.json"
 PROGRESS_NAME = "progress.json"
 HISTORY_NAME = "history.jsonl"
-STOP_NAME = "stop"
+# Which attempt at the run may go on: its id, or nothing when it is to stop.
+ATTEMPT_NAME = "attempt"
 FAULTS_NAME = "faults"
 CHECKPOINTS_NAME = "checkpoints"
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -33,13 +34,13 @@ from service.environment import environment
 from service.faults import Fault
 from service.figures import curves
 from service.files import (
+    ATTEMPT_NAME,
     CHECKPOINTS_NAME,
     CONFIG_NAME,
     HISTORY_NAME,
     PROGRESS_NAME,
     RESULT_NAME,
     RUN_NAME,
-    STOP_NAME,
     read_history,
     read_json,
     write_text,
@@ -147,7 +148,7 @@ def train(
     run = _Run(config, manifest, data_folder, faults)
     try:
         with ray_session(config, debug=debug), _locked(folder), run.tracked():
-            (folder / STOP_NAME).unlink(missing_ok=True)
+            write_text(folder / ATTEMPT_NAME, run.attempt)
             with view(lambda: read_json(folder / PROGRESS_NAME)):
                 returned = run_workers("train_worker", config.scaling, folder, run.payload())
             run.finish(returned, time.monotonic() - began)
@@ -189,6 +190,7 @@ class _Run:
             Path(config.storage), environment()["MLFLOW_TRACKING_URI"]
         )
         self._run_id = ""
+        self.attempt = uuid.uuid4().hex
         self.result: dict[str, Any] = {}
 
     def payload(self) -> dict[str, Any]:
@@ -197,6 +199,7 @@ class _Run:
             "run_folder": str(self._folder),
             "tracking": {"uri": self._uri, "run_id": self._run_id},
             "faults": self._faults,
+            "attempt": self.attempt,
         }
 
     @contextlib.contextmanager

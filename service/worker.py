@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.schema import Manifest, Split
 from service.config import ConfigError, RunConfig
 from service.faults import Faults
-from service.files import STOP_NAME, VALIDATION_PHASE
+from service.files import ATTEMPT_NAME, VALIDATION_PHASE
 from service.keeper import Keeper
 from service.reporting import Reporter
 from service.rows import WorkerRows, make_order
@@ -169,8 +169,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         payload: `config` and `manifest` (JSON values), `data_folder`, `run_folder` (shared
-            storage), `checkpoints` (URI), `tracking` (arguments of RunLogger), and `faults` (see
-            service/faults.py).
+            storage), `checkpoints` (URI), `tracking` (arguments of RunLogger), `faults` (see
+            service/faults.py), and the id of the `attempt`.
     """
     run = _Training(payload)
     try:
@@ -340,6 +340,7 @@ class _Training:
         self._keeper = Keeper(state.config.checkpoint, state.store, state.pack)
         self._folder = Path(payload["run_folder"])
         self._tracking = payload["tracking"]
+        self._attempt: str = payload["attempt"]
         self._reporter: Reporter | None = None
         self._stop_seen, self._stop_polled = False, 0.0
         self._validated = (0, 0)
@@ -423,11 +424,14 @@ class _Training:
         }
 
     def _stop_asked(self) -> bool:
-        """Whether the driver left its note; looked for by rank 0, not in every step."""
+        """Whether the driver took the attempt back; looked for by rank 0, not in every step."""
         if rank() == 0 and time.monotonic() - self._stop_polled > STOP_POLL_SECONDS:
             self._stop_polled = time.monotonic()
             with contextlib.suppress(OSError):  # the storage is away for a while
-                self._stop_seen |= (self._folder / STOP_NAME).exists()
+                current = (self._folder / ATTEMPT_NAME).read_text()
+                if current not in ("", self._attempt):
+                    os._exit(1)  # our driver was lost, and the run goes on elsewhere
+                self._stop_seen |= not current
         return self._stop_seen
 
     def _node_goes(self) -> bool:

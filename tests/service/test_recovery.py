@@ -293,3 +293,34 @@ def test_a_storage_that_is_away_for_a_while(storage: Path, tmp_path: Path):
     found = load((server.folder / quote(key, safe="")).read_bytes())
     for name, value in weights(storage, "whole").items():
         assert (value == found[name]).all(), name
+
+
+@pytest.mark.slow
+def test_a_lost_head_ends_the_command_and_the_same_command_continues(storage: Path):
+    whole = last_json(
+        midas("train", "digits", *SMALL, "--name", "whole", "--json", storage=storage)
+    )
+    command = ("train", "digits", *SMALL, *EVERY_5, "--name", "headless", "--json")
+    store = CheckpointStore.at(str(storage / "headless" / "checkpoints"))
+    with local_nodes(2, 1) as nodes:
+        address = nodes.environment["RAY_ADDRESS"]
+        process = start(*command, storage=storage, RAY_ADDRESS=address)
+        until(lambda: len(store.names()) > 0)
+        nodes.kill_head()
+        done = finish(process, timeout=120)
+    assert done.returncode == 1
+    assert f"the head of the Ray cluster, {address}, has not answered" in one_line(done.stderr)
+    assert "the same command continues at the last checkpoint" in one_line(done.stderr)
+    assert "Traceback" not in done.stderr
+    assert tracked(storage, "headless")[1].info.status == "FAILED"
+    assert not (storage / "headless" / "result.json").exists()
+    with local_nodes(2, 1) as nodes:
+        address = nodes.environment["RAY_ADDRESS"]
+        result = last_json(midas(*command, storage=storage, RAY_ADDRESS=address))
+    assert result["loss_chain"] == whole["loss_chain"]
+    for name, value in weights(storage, "whole").items():
+        assert (value == weights(storage, "headless")[name]).all(), name
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
