@@ -69,6 +69,63 @@ def log_mel(
         torch.set_num_threads(threads)
 
 
+FBANK_MEAN, FBANK_STD = -4.503877, 5.141276  # of AudioSet, as its released models are fed
+
+
+def mono(samples: np.ndarray) -> np.ndarray:
+    """Mean over channels: (C, T) -> (T,)."""
+    return samples.mean(axis=0)
+
+
+def fbank(
+    waveform: np.ndarray, sample_rate: int, target_rate: int, *, num_frames: int, num_mels: int
+) -> np.ndarray:
+    """Log-mel filter banks after Kaldi, padded or cut, normalised (methods.md 3.2; datasets.md).
+
+    Hanning windows of 25 ms every 10 ms, no dither, no energy; zeros behind short clips are put
+    there before the normalisation `(x + 4.503877) / (2 * 5.141276)`. Runs on one thread.
+
+    Args:
+        waveform: float32 (T,) in [-1, 1]; its mean is taken away.
+        sample_rate: of the waveform, Hz.
+        target_rate: it is resampled to this rate first, Hz.
+
+    Returns:
+        float32 (1, num_frames, num_mels).
+
+    Raises:
+        ValueError: the clip is shorter than one window.
+    """
+    import torch
+    from torchaudio.compliance import kaldi
+
+    if len(waveform) < WINDOW_SECONDS * sample_rate:
+        raise ValueError(
+            f"the sound has {len(waveform) / sample_rate:.3f} s; at least {WINDOW_SECONDS} s are "
+            "needed"
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        clip = torch.from_numpy(resample(waveform, sample_rate, target_rate))[None]
+        features = kaldi.fbank(
+            clip - clip.mean(),
+            htk_compat=True,
+            sample_frequency=target_rate,
+            use_energy=False,
+            window_type="hanning",
+            num_mel_bins=num_mels,
+            dither=0.0,
+            frame_shift=10.0,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    result = np.zeros((1, num_frames, num_mels), dtype=np.float32)
+    used = features[:num_frames].numpy()
+    result[0, : len(used)] = used
+    return (result - np.float32(FBANK_MEAN)) / np.float32(2 * FBANK_STD)
+
+
 def resample(waveform: np.ndarray, sample_rate: int, target_rate: int) -> np.ndarray:
     """Band-limited resampling (sinc with a Hann window) of a mono clip (T,), float32.
 

@@ -4,13 +4,14 @@
 batch, or one evaluation chunk; `columns` turns a table into numpy arrays without copying.
 """
 
+import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,80 +19,135 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from pydantic import BaseModel
 from ray.data import DataContext, Datasource, ExecutionResources, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
+from data.draws import uniform
+from data.folder import Folder
 from data.order import Entries, Order, Read, chunk_reads
-from data.schema import DataError, Manifest, Split
+from data.pictures import decode_jpeg
+from data.schema import DataError, Manifest, Modality, Split
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 LANE = "lane"
 KEEP = "keep"
+PRESENT = "present"
 # Read tasks of one stream that run at a time, and tables that they may be ahead of the one in use.
 CONCURRENT_READS = 2
 TABLES_AHEAD = 3
 # Ray Data stores all tasks of an execution before the first runs (20,000 took half a minute).
 READS_PER_EXECUTION = 1000
+RESULT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reads slices of row groups of one split of a prepared folder."""
+    """Reads slices of row groups of one split of a prepared folder.
+
+    Attributes:
+        folder: path or URI.
+        seed: of training; with the epoch it says which candidates of a clip are delivered.
+    """
 
     folder: str
     manifest: Manifest
     split: Split
+    seed: int = 0
 
     @property
     def group_rows(self) -> tuple[int, ...]:
         """Rows of every row group of the split, in shard order."""
         return tuple(n for shard in self.manifest.splits[self.split] for n in shard.row_groups)
 
-    def read(self, reads: Iterable[Read]) -> pa.Table:
-        """Read slices and concatenate them."""
-        return pa.concat_tables(list(self._parts(reads, None)))
-
     def gather(
-        self, reads: Iterable[Read], take: np.ndarray, entries: Entries | None = None
+        self,
+        reads: Iterable[Read],
+        take: np.ndarray,
+        *,
+        entries: Entries | None = None,
+        epoch: int | None = None,
     ) -> pa.Table:
-        """Rows `take`, a permutation, of the concatenated slices.
+        """Rows `take`, a permutation, of the concatenated slices, as they are delivered.
 
         Rows are copied to their places, one row group at a time. To concatenate first and use
         Arrow's `take` needs twice the memory, and touching it took longer than the reading.
 
         Args:
             entries: if given, slices are of a row group's entries, and a column `keep` is added.
+            epoch: of training, to draw candidates of clips; None takes the middle ones.
         """
         schema = self._schema
         if entries is not None:
             schema = schema.append(pa.field(KEEP, pa.int64()))
         gathered = {field.name: _empty(field.type, len(take)) for field in schema}
+        modalities = {modality.name: modality for modality in self.manifest.modalities}
         place = np.argsort(take)  # the inverse permutation
         start = 0
         for part in self._parts(reads, entries):
             where = place[start : start + part.num_rows]
             for name, values in gathered.items():
-                values[where] = _values(part.column(name))
+                modality = modalities.get(name)
+                if modality is None or self._is_plain(modality):
+                    values[where] = _values(part.column(name))
+                else:
+                    values[where] = self._delivered(modality, part, epoch)
             start += part.num_rows
         return pa.Table.from_arrays([_array(v) for v in gathered.values()], schema=schema)
 
     @property
     def _schema(self) -> pa.Schema:
-        return pa.schema([field for field in self.manifest.arrow_schema() if field.name != "key"])
+        """Columns as they are delivered."""
+        widths = {m.name: m.nbytes(self.split) for m in self.manifest.modalities}
+        return pa.schema(
+            [
+                field.with_type(pa.binary(widths[field.name])) if field.name in widths else field
+                for field in self.manifest.arrow_schema(self.split)
+                if field.name not in ("key", "group")
+            ]
+        )
+
+    def _is_plain(self, modality: Modality) -> bool:
+        """Whether rows are delivered as they are stored."""
+        drawn = self.split == "train" and modality.candidates > 1
+        return modality.storage == "tensor" and not drawn
+
+    def _delivered(self, modality: Modality, part: pa.Table, epoch: int | None) -> np.ndarray:
+        """(rows, bytes) uint8: frames chosen, pictures decoded."""
+        column, shape = part.column(modality.name), modality.delivered(self.split)
+        candidates = modality.candidates if self.split == "train" else 1
+        frames = shape[0] if candidates > 1 else int(np.prod(shape[:-3]))
+        chosen = np.full((part.num_rows, frames), candidates // 2)
+        if epoch is not None and candidates > 1:
+            purpose = f"candidates/{modality.name}"
+            sample_id = part.column("sample_id").to_numpy()
+            draw = uniform(self.seed, purpose, epoch, sample_id, frames)
+            chosen = (draw * candidates).astype(np.int64)
+        wanted = np.arange(frames) * candidates + chosen
+        if modality.storage == "tensor":
+            stored = _values(column).reshape(
+                part.num_rows, frames * candidates, math.prod(shape[1:])
+            )
+            rows = np.arange(part.num_rows)[:, None]
+            return stored[rows, wanted].reshape(part.num_rows, modality.nbytes(self.split))
+        out = np.empty((part.num_rows, frames, *shape[-3:]), dtype=np.uint8)
+        for data, numbers, row in zip(column, wanted.tolist(), out, strict=True):
+            decode_jpeg(data.as_py(), numbers, row)
+        return out.reshape(part.num_rows, modality.nbytes(self.split))
 
     def _parts(self, reads: Iterable[Read], entries: Entries | None) -> Iterator[pa.Table]:
-        """The slices, one by one; whole row groups are read, memory mapped, by one thread."""
+        """The slices, one by one; whole row groups are read by one thread, mapped if local."""
         where = [
             (shard.path, index)
             for shard in self.manifest.splits[self.split]
             for index in range(len(shard.row_groups))
         ]
-        names = self._schema.names
+        names, folder = self._schema.names, Folder.at(self.folder)
         for path, part in groupby(reads, key=lambda read: where[read.row_group][0]):
-            with pq.ParquetFile(Path(self.folder) / path, memory_map=True) as file:
+            with folder.open(path) as source, pq.ParquetFile(source) as file:
                 for read in part:
                     group = file.read_row_group(where[read.row_group][1], names, use_threads=False)
                     yield _part(group, read, entries)
@@ -146,13 +202,11 @@ class SampleIndex:
 
 def sample_index(reader: ShardReader) -> SampleIndex:
     """Read the sample ids of a split; costs 8 bytes a row of reading, 16 of memory."""
-    parts = [
-        pq.read_table(
-            Path(reader.folder) / shard.path, columns=["sample_id"], memory_map=True
-        ).column(0)
-        for shard in reader.manifest.splits[reader.split]
-    ]
-    sample_id = np.concatenate([part.to_numpy() for part in parts])
+    folder, parts = Folder.at(reader.folder), []
+    for shard in reader.manifest.splits[reader.split]:
+        with folder.open(shard.path) as file:
+            parts.append(pq.read_table(file, columns=["sample_id"]).column(0).to_numpy())
+    sample_id = np.concatenate(parts)
     position = np.argsort(sample_id, kind="stable")
     return SampleIndex(sample_id[position], position, np.cumsum([0, *reader.group_rows]))
 
@@ -189,14 +243,15 @@ def read_window(
 ) -> list[pa.Table]:
     """One window of `lanes` as a table in batch order, with a `lane` column."""
     window = order.window(epoch, index, lanes)
-    table = reader.gather(window.reads, window.take, entries)
+    table = reader.gather(window.reads, window.take, entries=entries, epoch=epoch)
     return [table.append_column(LANE, pa.array(window.lane))]
 
 
 def read_chunks(reader: ShardReader, chunk_rows: int, first: int, last: int) -> list[pa.Table]:
     """Evaluation chunks [first, last) in shard order; `lane` is the chunk index."""
     start, stop = first * chunk_rows, min(last * chunk_rows, reader.manifest.rows(reader.split))
-    table = reader.read(chunk_reads(reader.group_rows, start, stop))
+    reads = chunk_reads(reader.group_rows, start, stop)
+    table = reader.gather(reads, np.arange(stop - start))
     return [table.append_column(LANE, pa.array(np.arange(start, stop) // chunk_rows))]
 
 
@@ -264,7 +319,7 @@ def train_stream(
         (reader, order, entries),
         [(lanes, *item) for item in plan],
         [order.window_rows(window, lanes) for _, window in plan],
-        reader.manifest.row_nbytes,
+        reader.manifest.row_nbytes(reader.split),
     )
     skipped = first * order.window_batches
     steps = range(skipped, len(epochs) * order.num_steps)
@@ -294,7 +349,7 @@ def eval_stream(
         (reader, chunk_rows),
         spans,
         [min(stop * chunk_rows, rows) - start * chunk_rows for start, stop in spans],
-        reader.manifest.row_nbytes,
+        reader.manifest.row_nbytes(reader.split),
     )
     yield from cut(tables, (min(chunk_rows, rows - i * chunk_rows) for i in range(first, last)))
 
@@ -319,8 +374,29 @@ def run_reads(
     reads = small_reads(read, shared, items)
     for first in range(0, len(reads), READS_PER_EXECUTION):
         part = slice(first, first + READS_PER_EXECUTION)
-        dataset = _dataset(reads[part], rows[part], row_nbytes)
+        dataset = _dataset(
+            reads[part], rows[part], row_nbytes, num_cpus=0, concurrency=CONCURRENT_READS
+        )
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+def work_anywhere(
+    function: Callable[[Any], BaseModel], items: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    """Run `function(item)` for every item on all nodes, one CPU each; yield results as they come.
+
+    Args:
+        function: sent once; returns a model, which comes back as its JSON values.
+    """
+    reads = small_reads(_work, (function,), [(item,) for item in items])
+    dataset = _dataset(reads, [1] * len(reads), RESULT_BYTES, num_cpus=1, concurrency=None)
+    tables: Any = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+    for table in tables:
+        yield json.loads(table.column("result")[0].as_py())
+
+
+def _work(function: Callable[[Any], BaseModel], item: Any) -> list[pa.Table]:
+    return [pa.table({"result": [function(item).model_dump_json()]})]
 
 
 def small_reads(
@@ -340,15 +416,20 @@ def _fetch_and_read(
 
 
 def _dataset(
-    reads: list[Callable[[], list[pa.Table]]], rows: Sequence[int], row_nbytes: int
+    reads: list[Callable[[], list[pa.Table]]],
+    rows: Sequence[int],
+    row_nbytes: int,
+    *,
+    num_cpus: int,
+    concurrency: int | None,
 ) -> ray.data.Dataset:
     with DataContext.current(_context(TABLES_AHEAD * max(rows) * row_nbytes)):
         return ray.data.read_datasource(
             _PlannedReads(reads, rows, row_nbytes),
             # More blocks than tasks would make Ray split every table again.
             override_num_blocks=len(reads),
-            num_cpus=0,
-            concurrency=min(CONCURRENT_READS, len(reads)),
+            num_cpus=num_cpus,
+            concurrency=min(concurrency or len(reads), len(reads)),
         )
 
 
@@ -382,15 +463,15 @@ def cut(tables: Iterable[pa.Table], counts: Iterator[int]) -> Iterator[pa.Table]
         held = [joined.slice(count)] if joined.num_rows > count else []
 
 
-def columns(table: pa.Table, manifest: Manifest) -> dict[str, np.ndarray]:
+def columns(table: pa.Table, manifest: Manifest, split: Split) -> dict[str, np.ndarray]:
     """Numpy columns of a table: int64 `sample_id`, `label`, `lane`, and one array per modality.
 
-    Resampled tables have int64 `keep` as well. Modality arrays are (rows, *shape) views of the
-    Arrow buffers: read only.
+    Resampled tables have int64 `keep`, sets with optional modalities int64 `present`. Modality
+    arrays are (rows, *shape) views of the Arrow buffers: read only.
     """
-    names = ["sample_id", "label", LANE, *({KEEP} & set(table.column_names))]
+    names = ["sample_id", "label", LANE, *({KEEP, PRESENT} & set(table.column_names))]
     result = {name: table.column(name).to_numpy() for name in names}
     for modality in manifest.modalities:
         values = _values(table.column(modality.name)).view(modality.dtype)
-        result[modality.name] = values.reshape(len(values), *modality.shape)
+        result[modality.name] = values.reshape(len(values), *modality.delivered(split))
     return result

@@ -2,9 +2,11 @@
 
 How one shard is written is in `data/shards.py`; here is which samples go where, and what is kept.
 While a set is being made, `.progress/` in its folder holds the plan and one small JSON file per
-finished shard; it is removed after the manifest, which is written last, is in place.
+finished shard; it is removed after the manifest, which is written last, is in place. Shards are
+independent of each other, so they can be made by one process or by a cluster.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -12,34 +14,47 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from data.config import DataConfig
+from data.folder import Folder
 from data.schema import (
     MANIFEST_NAME,
     DataError,
     Manifest,
     Shard,
     Split,
-    file_sha256,
     load_manifest,
     verify_shards,
 )
 from data.shards import ShardOutcome, shard_nbytes, write_shard
-from data.sources import SOURCES, DataConfig, Item, Source, build_source, check_settings
+from data.sources import Item, Rejection, Source, build_source, check_settings, source_class
 from data.sources.base import Purpose, stream
 
 logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.jsonl"
+AUDIT_NAME = "audit.json"
+CARD_NAMES = ("card.md", "card.html")
 PROGRESS_NAME = ".progress"
 PLAN_NAME = "plan"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 NUM_HASH_DIGITS = 10
+SHARD_BYTES = 128 << 20
+MAX_SHARD_ROWS = 8192
+# A cluster takes ten seconds to start; below this, one process is done sooner.
+CLUSTER_ITEMS = 2000
+# Not in the manifest: they do not change the shards.
+NOT_RECORDED = {"root", "storage", "max_rejected"}
+JPEG_RATIO = 0.3
+
+Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,22 +66,24 @@ class PrepareReport:
         manifest: the manifest in it.
         read: samples that were looked at.
         written: samples in the shards.
-        rejected: key and reason of every sample left out; also in `rejected.jsonl`.
+        rejected: every sample left out, and why; also in `rejected.jsonl`.
+        findings: what the audit of the set found, a line each.
         seconds: wall time of this call.
         reused: the set was there already; it was verified and nothing was written.
     """
 
-    folder: Path
+    folder: Folder
     manifest: Manifest
     read: int
     written: int
-    rejected: list[tuple[str, str]]
+    rejected: list[Rejection]
+    findings: list[str]
     seconds: float
     reused: bool
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The items that one shard is made from."""
 
     split: Split
@@ -74,62 +91,94 @@ class _Part:
     items: list[Item]
 
 
-@dataclass
-class _Counter:
-    """Counts items for the caller's progress function."""
+Work = Callable[[Part], ShardOutcome]
+Cluster = Callable[[], AbstractContextManager[Callable[[Work, list[Part]], Iterator[ShardOutcome]]]]
+"""Starts a cluster; on it, work is done on parts, many at a time, and comes back in any order."""
 
-    total: int
-    report: Callable[[int, int], None] | None
-    done: int = field(default=0, init=False)
+
+class _Tally:
+    """Counts samples for the caller's progress function, and those rejected for the limit."""
+
+    def __init__(self, total: int, config: DataConfig, report: Report | None):
+        self._total = total
+        self._allowed = config.max_rejected
+        self._report = report
+        self._done = 0
+        self.rejected: list[Rejection] = []
 
     def add(self, count: int) -> None:
-        self.done += count
-        if self.report is not None:
-            self.report(self.done, self.total)
+        self._done += count
+        if self._report is not None:
+            self._report(self._done, self._total)
+
+    def reject(self, rejections: Sequence[Rejection]) -> None:
+        """Raises DataError if too many samples are rejected by now."""
+        self.rejected += rejections
+        count = len(self.rejected)
+        if count > self._allowed * self._total:
+            first = self.rejected[0]
+            raise DataError(
+                f"{count} of {self._total} samples ({count / self._total:.1%}) are rejected, "
+                f"more than data.max_rejected={self._allowed:g} allows; the first is {first.key}: "
+                f"{first.reason}; repair the raw files, or give a larger --data.max-rejected to go "
+                "on without these samples"
+            )
 
 
-def default_folder(config: DataConfig, storage: Path) -> Path:
-    """Folder of a prepared set under `storage`: its name and a hash of all its settings.
+def default_folder(config: DataConfig, storage: Path) -> Folder:
+    """Folder of a prepared set below `data.storage`, or `storage`: name and hash of all settings.
 
     The raw folder enters the hash as an absolute path, so equal names mean equal settings.
+
+    Raises:
+        DataError: `data.storage` cannot be used.
     """
     settings = _settings(config) | {"root": _resolved_root(config)}
     digest = hashlib.sha256(_canonical(settings).encode()).hexdigest()
-    return storage / "shards" / f"{config.name}-{digest[:NUM_HASH_DIGITS]}"
+    try:
+        place = Folder.at(config.storage or storage / "shards")
+    except ValueError as error:
+        raise DataError(f"data.storage: {error}") from error
+    return place.child(f"{config.name}-{digest[:NUM_HASH_DIGITS]}")
 
 
 def prepare(
-    config: DataConfig, folder: Path, progress: Callable[[int, int], None] | None = None
+    config: DataConfig,
+    place: str | Path | Folder,
+    progress: Report | None = None,
+    cluster: Cluster | None = None,
 ) -> PrepareReport:
-    """Make the prepared set in `folder`, continue an interrupted one, or verify a finished one.
+    """Make the prepared set in a folder, continue an interrupted one, or verify a finished one.
 
     The items of each split are shuffled once with `stream(config.seed, SHUFFLE, split)` and cut
-    into parts of `rows_per_shard`. A finished set is compared with the settings and its shards
-    with their hashes; the raw files are then not needed. Two calls at once on one folder wait for
-    each other.
+    into parts. A finished set is compared with the settings and its shards with their hashes; the
+    raw files are then not needed. Two calls at once on one local folder wait for each other.
 
     Args:
         config: the data set and how to prepare it.
-        folder: new, empty, or one that an earlier call worked in.
+        place: new, empty, or one that an earlier call worked in.
         progress: called with the number of samples done and of all samples.
+        cluster: used for large sets; without it, everything is done in this process.
 
     Returns:
         What was done.
 
     Raises:
-        DataError: settings, raw files or the folder are not usable; the message says what to do.
+        DataError: settings, raw files or the folder are not usable, or too many samples are
+            rejected; the message says what to do.
     """
     start = time.monotonic()
     check_settings(config)
-    if not os.path.isfile(folder / MANIFEST_NAME):
+    folder = Folder.at(place)
+    if not folder.has(MANIFEST_NAME):
         build_source(config)  # a wrong data.root must not leave an empty folder behind
     _make_folder(folder)
     with _lock(folder):
-        reused = (folder / MANIFEST_NAME).is_file()
+        reused = folder.has(MANIFEST_NAME)
         if reused:
             manifest, rejected = _check_existing(config, folder)
         else:
-            manifest, rejected = _make(config, folder, progress)
+            manifest, rejected = _make(config, folder, progress, cluster)
     written = sum(manifest.rows(split) for split in manifest.splits)
     seconds = time.monotonic() - start
     logger.info(
@@ -141,16 +190,23 @@ def prepare(
         seconds,
     )
     if rejected:
-        key, reason = rejected[0]
         logger.warning(
-            "%d samples were rejected, the first is %s: %s; all are listed in %s",
+            "%d samples were rejected, the first is %s: %s; all are listed in %s/%s",
             len(rejected),
-            key,
-            reason,
-            folder / REJECTED_NAME,
+            rejected[0].key,
+            rejected[0].reason,
+            folder,
+            REJECTED_NAME,
         )
     read = written + len(rejected)
-    return PrepareReport(folder, manifest, read, written, rejected, seconds, reused)
+    findings = _findings(folder)
+    return PrepareReport(folder, manifest, read, written, rejected, findings, seconds, reused)
+
+
+def _findings(folder: Folder) -> list[str]:
+    from data.audit import Audit, summary_lines
+
+    return summary_lines(Audit.model_validate_json(folder.read(AUDIT_NAME)))
 
 
 def _canonical(value: object) -> str:
@@ -158,36 +214,39 @@ def _canonical(value: object) -> str:
 
 
 def _settings(config: DataConfig) -> dict[str, object]:
-    """Settings kept in the manifest: all but the raw folder, which may move, and the version of the
-    source, so that shards of an older one are made again."""
-    version = SOURCES[config.name].version
-    return {**config.model_dump(mode="json", exclude={"root"}), "source_version": version}
+    """Settings kept in the manifest: all that decide what is in the shards, but the raw folder,
+    which may move; and the version of the source, so that shards of an older one are made again."""
+    values = config.model_dump(mode="json", exclude=NOT_RECORDED)
+    return {**values, "source_version": source_class(config.name).version}
 
 
 def _resolved_root(config: DataConfig) -> str | None:
     return None if config.root is None else str(Path(config.root).expanduser().resolve())
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Folder) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in folder.iterdir()}
+        folder.create()
+        names = set(folder.names())
     except OSError as error:
         raise DataError(
             f"{folder} cannot be used as a folder for shards ({error}); choose another place or "
             "change its permissions"
         ) from error
-    if names and not names & {MANIFEST_NAME, PROGRESS_NAME}:
+    if names and not names & {MANIFEST_NAME, PROGRESS_NAME, REJECTED_NAME}:
         raise DataError(
             f"{folder} holds files ({', '.join(sorted(names)[:3])}) that `midas prepare` did not "
             "make; give a new or empty folder, or delete it"
         )
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that two calls do not write the same shards; the lock dies with us."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def _lock(folder: Folder) -> Iterator[None]:
+    """Hold a local folder, so that two calls do not write the same shards; it dies with us."""
+    if not folder.is_local:
+        yield
+        return
+    descriptor = os.open(folder.path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -195,7 +254,7 @@ def _lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_existing(config: DataConfig, folder: Path) -> tuple[Manifest, list[tuple[str, str]]]:
+def _check_existing(config: DataConfig, folder: Folder) -> tuple[Manifest, list[Rejection]]:
     manifest = load_manifest(folder)
     asked = _settings(config)
     differences = [
@@ -209,37 +268,108 @@ def _check_existing(config: DataConfig, folder: Path) -> tuple[Manifest, list[tu
             "settings, give another folder, or delete this one"
         )
     verify_shards(manifest, folder)
-    shutil.rmtree(folder / PROGRESS_NAME, ignore_errors=True)
-    lines = (folder / REJECTED_NAME).read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    return manifest, [(entry["key"], entry["reason"]) for entry in entries]
+    folder.child(PROGRESS_NAME).remove_all()
+    lines = folder.read(REJECTED_NAME).decode().splitlines()
+    return manifest, [Rejection(**json.loads(line)) for line in lines]
 
 
 def _make(
-    config: DataConfig, folder: Path, progress: Callable[[int, int], None] | None
-) -> tuple[Manifest, list[tuple[str, str]]]:
+    config: DataConfig, folder: Folder, progress: Report | None, cluster: Cluster | None
+) -> tuple[Manifest, list[Rejection]]:
     source = build_source(config)
     items = source.items()
-    _check_items(source, items)
-    parts = _plan(config, items)
-    draft = Manifest(
+    tally = _Tally(len(items) + len(source.rejected), config, progress)
+    with _rejections_kept(folder, tally):
+        tally.reject(source.rejected)
+        tally.add(len(source.rejected))
+        _check_items(source, items)
+        draft = _draft(config, source)
+        parts = _plan(config, draft, items)
+        _open_progress(folder, _plan_digest(config, draft, items))
+        finished = {part.path: done for part in parts if (done := _finished(folder, part))}
+        pending = [part for part in parts if part.path not in finished]
+        tally.add(len(items) - sum(len(part.items) for part in pending))
+        _check_room(draft, pending, folder)
+        train_rows = sum(item.split == "train" for item in items)
+        group_rows = config.group_rows(train_rows, draft.stored_row_nbytes("train"))
+        work = partial(make_part, source, draft, folder, group_rows)
+        for part, done in _run(work, pending, tally, cluster):
+            finished[part.path] = done
+            tally.reject([Rejection(key, part.split, reason) for key, reason in done.rejected])
+    for name, content in source.files.items():
+        folder.write(name, content)
+    return _finish(draft, parts, finished, folder, tally.rejected)
+
+
+def _draft(config: DataConfig, source: Source) -> Manifest:
+    files = {
+        name: hashlib.sha256(content.encode()).hexdigest() for name, content in source.files.items()
+    }
+    return Manifest(
         name=source.name,
         source=_settings(config),
+        split_rule=source.split_rule,
         modalities=source.modalities,
         classes=source.classes,
         splits={},
         class_counts={},
+        files=files,
     )
-    _open_progress(folder, _plan_digest(config, draft, items))
-    finished = {part.path: done for part in parts if (done := _finished(folder, part))}
-    pending = [part for part in parts if part.path not in finished]
-    check_disk(sum(shard_nbytes(len(part.items), draft.row_nbytes) for part in pending), folder)
-    counter = _Counter(len(items), progress)
-    counter.add(len(items) - sum(len(part.items) for part in pending))
-    group_rows = config.group_rows(sum(item.split == "train" for item in items))
-    for part in pending:
-        finished[part.path] = _write_part(source, draft, part, folder, group_rows, counter)
-    return _finish(draft, parts, finished, folder)
+
+
+@contextlib.contextmanager
+def _rejections_kept(folder: Folder, tally: _Tally) -> Iterator[None]:
+    """Write `rejected.jsonl` also when there are too many of them to go on."""
+    try:
+        yield
+    except DataError:
+        if tally.rejected:
+            _write_rejected(folder, tally.rejected)
+        raise
+
+
+def _write_rejected(folder: Folder, rejected: list[Rejection]) -> None:
+    lines = (json.dumps(asdict(rejection), ensure_ascii=False) + "\n" for rejection in rejected)
+    folder.write(REJECTED_NAME, "".join(lines))
+
+
+def _run(
+    work: Callable[..., ShardOutcome], parts: list[Part], tally: _Tally, cluster: Cluster | None
+) -> Iterator[tuple[Part, ShardOutcome]]:
+    """Outcomes of parts, made here or on a cluster."""
+    if cluster is None or len(parts) < 2 or sum(len(p.items) for p in parts) < CLUSTER_ITEMS:
+        for part in parts:
+            yield part, work(part, tally.add)
+        return
+    by_path = {part.path: part for part in parts}
+    with cluster() as run:
+        for done in run(work, parts):
+            part = by_path[done.path]
+            tally.add(len(part.items))
+            yield part, done
+
+
+def make_part(
+    source: Source,
+    draft: Manifest,
+    folder: Folder,
+    group_rows: int,
+    part: Part,
+    count: Callable[[int], None] = lambda _: None,
+) -> ShardOutcome:
+    """Write the shard of a part, then the note that it is finished. Runs in any process."""
+    done = write_shard(
+        source,
+        part.items,
+        folder,
+        part.path,
+        draft=draft,
+        split=part.split,
+        group_rows=group_rows,
+        count=count,
+    )
+    folder.child(PROGRESS_NAME).write(f"{part.path}.json", done.model_dump_json())
+    return done
 
 
 def _check_items(source: Source, items: list[Item]) -> None:
@@ -262,81 +392,69 @@ def _check_items(source: Source, items: list[Item]) -> None:
         )
 
 
-def _plan(config: DataConfig, items: list[Item]) -> list[_Part]:
-    parts: list[_Part] = []
+def _plan(config: DataConfig, draft: Manifest, items: list[Item]) -> list[Part]:
+    parts: list[Part] = []
     for number, split in enumerate(SPLITS):
         own = [item for item in items if item.split == split]
         order = stream(config.seed, Purpose.SHUFFLE, number).permutation(len(own))
-        for first in range(0, len(own), config.rows_per_shard):
-            chosen = order[first : first + config.rows_per_shard]
-            path = f"{split}-{first // config.rows_per_shard:05d}.parquet"
-            parts.append(_Part(split, path, [own[position] for position in chosen]))
+        fits = SHARD_BYTES // max(1, draft.stored_row_nbytes(split))
+        rows = config.rows_per_shard or min(max(fits, 1), MAX_SHARD_ROWS)
+        for first in range(0, len(own), rows):
+            chosen = order[first : first + rows]
+            path = f"{split}-{first // rows:05d}.parquet"
+            parts.append(Part(split, path, [own[position] for position in chosen]))
     return parts
 
 
 def _plan_digest(config: DataConfig, draft: Manifest, items: list[Item]) -> str:
     """Hash of everything that must be as before if finished shards are to be kept."""
-    rows = [[item.sample_id, item.key, item.label, item.split] for item in items]
+    rows = [[item.sample_id, item.key, item.label, item.split, item.group] for item in items]
     text = draft.to_json() + _canonical([_resolved_root(config), rows])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open_progress(folder: Path, plan: str) -> None:
+def _open_progress(folder: Folder, plan: str) -> None:
     """Start `.progress/`, or keep the one there if it belongs to this very plan."""
-    marker = folder / PROGRESS_NAME / PLAN_NAME
-    if marker.is_file() and marker.read_text() == plan:
+    notes = folder.child(PROGRESS_NAME)
+    if notes.has(PLAN_NAME) and notes.read(PLAN_NAME).decode() == plan:
         return
     _clear(folder)
-    marker.parent.mkdir()
-    _write_atomically(marker, plan)
+    notes.create()
+    notes.write(PLAN_NAME, plan)
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Folder) -> None:
     """Remove everything an unfinished call left."""
-    for split in SPLITS:
-        for path in folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].parquet"):
-            path.unlink()
-    (folder / REJECTED_NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder / PROGRESS_NAME, ignore_errors=True)
+    for name in folder.names():
+        if name.endswith((".parquet", ".parquet.tmp")) or name == REJECTED_NAME:
+            folder.remove(name)
+    folder.child(PROGRESS_NAME).remove_all()
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _finished(folder: Folder, part: Part) -> ShardOutcome | None:
+    """What an earlier call made of this part, if its shard is whole and has all its samples.
 
-
-def _sidecar(folder: Path, part: _Part) -> Path:
-    return folder / PROGRESS_NAME / f"{part.path}.json"
-
-
-def _finished(folder: Path, part: _Part) -> ShardOutcome | None:
-    """What an earlier call made of this part, if its shard is whole."""
-    sidecar = _sidecar(folder, part)
-    if not sidecar.is_file():
+    One with rejected samples is made again: they may have been repaired.
+    """
+    notes, name = folder.child(PROGRESS_NAME), f"{part.path}.json"
+    if not notes.has(name):
         return None
-    done = ShardOutcome.model_validate_json(sidecar.read_text())
-    path = folder / part.path
-    if done.shard and not (path.is_file() and file_sha256(path) == done.shard.sha256):
-        return None
-    return done
+    done = ShardOutcome.model_validate_json(notes.read(name))
+    whole = done.shard and folder.has(part.path) and folder.sha256(part.path) == done.shard.sha256
+    return done if whole and not done.rejected else None
 
 
-def _write_part(
-    source: Source, draft: Manifest, part: _Part, folder: Path, group_rows: int, counter: _Counter
-) -> ShardOutcome:
-    """Write the shard of a part, then the note that it is finished."""
-    done = write_shard(
-        source,
-        part.items,
-        folder / part.path,
-        folder / PROGRESS_NAME / f"{part.path}.tmp",
-        schema=draft.arrow_schema(),
-        group_rows=group_rows,
-        count=counter.add,
-    )
-    _write_atomically(_sidecar(folder, part), done.model_dump_json())
-    return done
+def _check_room(draft: Manifest, parts: list[Part], folder: Folder) -> None:
+    if not folder.is_local:
+        return
+    needed = 0
+    for part in parts:
+        row_nbytes = sum(
+            round(m.stored_nbytes(part.split) * (JPEG_RATIO if m.storage == "jpeg" else 1))
+            for m in draft.modalities
+        )
+        needed += shard_nbytes(len(part.items), row_nbytes)
+    check_disk(needed, folder.path)
 
 
 def check_disk(needed_bytes: int, folder: Path) -> None:
@@ -354,9 +472,13 @@ def check_disk(needed_bytes: int, folder: Path) -> None:
 
 
 def _finish(
-    draft: Manifest, parts: list[_Part], finished: dict[str, ShardOutcome], folder: Path
-) -> tuple[Manifest, list[tuple[str, str]]]:
-    """Write `rejected.jsonl`, then the manifest, then remove `.progress/`."""
+    draft: Manifest,
+    parts: list[Part],
+    finished: dict[str, ShardOutcome],
+    folder: Folder,
+    rejected: list[Rejection],
+) -> tuple[Manifest, list[Rejection]]:
+    """Write `rejected.jsonl`, the data card and, last, the manifest; remove `.progress/`."""
     splits: dict[Split, tuple[Shard, ...]] = {}
     counts: dict[Split, tuple[int, ...]] = {}
     for split in SPLITS:
@@ -364,20 +486,28 @@ def _finish(
         splits[split] = tuple(done.shard for done in own if done.shard)
         counts[split] = tuple(np.sum([done.class_counts for done in own], axis=0).tolist())
     manifest = draft.model_copy(update={"splits": splits, "class_counts": counts})
-    entries = [(part, *entry) for part in parts for entry in finished[part.path].rejected]
-    rejected = [(key, reason) for _, key, reason in entries]
+    # A cluster finishes parts in any order; the file must not depend on it.
+    place = {(item.key, part.split): n for n, part in enumerate(parts) for item in part.items}
+    rejected = sorted(rejected, key=lambda r: place.get((r.key, r.split), -1))
     _check_outcome(manifest, rejected, folder)
-    lines = [
-        json.dumps({"key": key, "split": part.split, "reason": reason}, ensure_ascii=False)
-        for part, key, reason in entries
-    ]
-    _write_atomically(folder / REJECTED_NAME, "".join(line + "\n" for line in lines))
-    _write_atomically(folder / MANIFEST_NAME, manifest.to_json())
-    shutil.rmtree(folder / PROGRESS_NAME)
+    _write_rejected(folder, rejected)
+    _write_card(folder, manifest, rejected)
+    folder.write(MANIFEST_NAME, manifest.to_json())
+    folder.child(PROGRESS_NAME).remove_all()
     return manifest, rejected
 
 
-def _check_outcome(manifest: Manifest, rejected: list[tuple[str, str]], folder: Path) -> None:
+def _write_card(folder: Folder, manifest: Manifest, rejected: list[Rejection]) -> None:
+    """Audit the shards; write what was found, and the card."""
+    from data.audit import audit  # with what follows it, two seconds to import
+    from data.card import write_card
+
+    found = audit(folder, manifest)
+    folder.write(AUDIT_NAME, found.model_dump_json(indent=2))
+    write_card(folder, manifest, found, [(r.key, r.split, r.reason) for r in rejected])
+
+
+def _check_outcome(manifest: Manifest, rejected: list[Rejection], folder: Folder) -> None:
     """Refuse a set in which rejection emptied a split or a class of train.
 
     The shards are removed, so that the next call reads the repaired raw files.
@@ -390,8 +520,8 @@ def _check_outcome(manifest: Manifest, rejected: list[tuple[str, str]], folder: 
     ]
     if empty:
         _clear(folder)
-        key, reason = rejected[0]
         raise DataError(
             f"{len(rejected)} samples were rejected and nothing is left of {', '.join(empty)}; "
-            f"the first is {key}: {reason}; repair the raw files and prepare again"
+            f"the first is {rejected[0].key}: {rejected[0].reason}; repair the raw files and "
+            "prepare again"
         )

@@ -1,6 +1,7 @@
 """`midas`: verbs, flags and exit codes. Heavy imports happen in the verbs."""
 
 import argparse
+import itertools
 import os
 import sys
 import traceback
@@ -24,9 +25,13 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
 """
 
 
+PRESET_VERBS = ("prepare", "train", "compare")
+PLAIN_FLAGS = ("--json", "--debug", "--dry-run")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `midas` command; returns the exit code."""
-    args, rest = _parser().parse_known_args(argv)
+    args, rest = _parser().parse_known_args(_with_preset(sys.argv[1:] if argv is None else argv))
     if rest and args.verb in ("ui", "evaluate", "verify"):
         _parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
     from service.console import Console
@@ -59,6 +64,21 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(result.get(name) is False for name in ("verify/equal", "chaos/recovered")))
 
 
+def _with_preset(argv: list[str]) -> list[str]:
+    """The arguments with the preset behind the verb: "" for none, `table` for a table of one's own.
+
+    Only the first word may be it; argparse would take the value of a setting it does not know.
+    """
+    if not argv or argv[0] not in PRESET_VERBS:
+        return argv
+    flags = list(itertools.takewhile(lambda word: word in PLAIN_FLAGS, argv[1:]))
+    rest = argv[1 + len(flags) :]
+    if rest and not rest[0].startswith("-"):
+        return [argv[0], rest[0], *flags, *rest[1:]]
+    tabled = any(word.partition("=")[0] == "--manifest" for word in rest)
+    return [argv[0], "table" if tabled else "", *argv[1:]]
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument(
@@ -70,12 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, text: str, *, preset: bool) -> argparse.ArgumentParser:
+    def verb(
+        name: str, text: str, *, preset: bool, parent: argparse.ArgumentParser | None = None
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=text,
             description=f"{text}.",
-            parents=[common],
+            parents=[common, parent] if parent else [common],
             allow_abbrev=False,
             add_help=not preset,  # tyro shows it, above all settings
             usage=argparse.SUPPRESS if preset else None,
@@ -85,8 +107,14 @@ def _parser() -> argparse.ArgumentParser:
             sub.set_defaults(verb_help=sub.format_help)
         return sub
 
-    verb("prepare", "turn raw files into shards and a manifest", preset=True)
-    train = verb("train", "train, pick the best checkpoint, test it", preset=True)
+    table = argparse.ArgumentParser(add_help=False)
+    table.add_argument(
+        "--manifest",
+        metavar="TABLE",
+        help="your own data: a csv, jsonl or parquet file with a row per sample",
+    )
+    verb("prepare", "turn raw files into shards and a manifest", preset=True, parent=table)
+    train = verb("train", "train, pick the best checkpoint, test it", preset=True, parent=table)
     train.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     train.add_argument(
         "--chaos",
@@ -95,7 +123,12 @@ def _parser() -> argparse.ArgumentParser:
         "kill:worker@step=40,stop:driver@step=80",
     )
     train.add_argument("--faults", help=argparse.SUPPRESS)  # of a run that --chaos starts
-    compare = verb("compare", "train methods over seeds and print a table", preset=True)
+    compare = verb(
+        "compare", "train methods over seeds and print a table", preset=True, parent=table
+    )
+    compare.add_argument(
+        "--runs", nargs="+", metavar="RUN", help="compare these finished runs, train nothing"
+    )
     methods, seeds = ["joint", "joint_uni", "midas"], [0, 1, 2]
     compare.add_argument(
         "--methods", nargs="+", default=methods, help="default: joint joint_uni midas"
@@ -122,16 +155,20 @@ def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
     """Preset, overridden by the remaining flags."""
     import tyro
 
-    from service.config import ConfigError, RunConfig, check, load_preset, preset_names
+    from service.config import ConfigError, RunConfig, check, load_preset, named, preset_names
 
-    if args.preset is None and not {"-h", "--help"} & set(rest):
+    if not args.preset and not {"-h", "--help"} & set(rest):
         raise ConfigError(
-            f"midas {args.verb} needs a preset ({', '.join(preset_names())}) or a YAML file first"
+            f"midas {args.verb} needs a preset ({', '.join(preset_names())}) or a YAML file first, "
+            "or --manifest with a table of your own data"
         )
     default = load_preset(args.preset) if args.preset else RunConfig()
+    if args.manifest:
+        own = {"name": "table", "table": args.manifest}
+        default = default.model_copy(update={"data": default.data.model_copy(update=own)})
     config = tyro.cli(
         RunConfig,
-        default=default,
+        default=named(default, rest),
         args=rest,
         prog=f"midas {args.verb} {args.preset or 'PRESET'}",
         description=args.verb_help(),
@@ -141,12 +178,11 @@ def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
 
 
 def _prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
-    from data.prepare import default_folder, prepare
+    from service import launch
 
-    config = _config(args, rest)
-    folder = default_folder(config.data, Path(config.storage))
+    config = launch.resolve(_config(args, rest))
     with console.counter("preparing") as progress:
-        report = prepare(config.data, folder, progress)
+        report = launch.ensure_prepared(config, progress, debug=args.debug)
     console.prepared(report)
     return {
         "read": report.read,
@@ -155,6 +191,7 @@ def _prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
         "reused": report.reused,
         "folder": str(report.folder),
         "digest": report.manifest.digest,
+        "split": report.manifest.split_rule,
         "seconds": report.seconds,
     }
 
@@ -183,18 +220,26 @@ def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
         check_local_capacity(config.scaling)
         console.status(f"run {config.name}")
         with console.counter("preparing") as progress:
-            folder = launch.ensure_prepared(config, progress)
+            prepared = launch.ensure_prepared(config, progress, debug=args.debug)
         faults = parse_faults(args.faults) if args.faults else ()
         outcome = launch.train(
-            config, folder, view=console.progress, faults=faults, debug=args.debug
+            config, prepared.folder, view=console.progress, faults=faults, debug=args.debug
         )
     console.summary(outcome)
     return outcome.result
 
 
 def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
-    from service.compare import compare
+    from service.compare import compare, compare_runs
+    from service.config import ConfigError
 
+    if args.runs:
+        if args.preset or rest[::2] not in ([], ["--storage"]):
+            raise ConfigError(
+                f"midas compare --runs takes finished runs and --storage only, not "
+                f"{' '.join([args.preset or '', *rest]).strip()}"
+            )
+        return compare_runs(args.runs, rest[1] if rest else "runs", console)
     return compare(_config(args, rest), args.methods, args.seeds, console, debug=args.debug)
 
 

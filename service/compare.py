@@ -10,6 +10,8 @@ from data.schema import load_manifest
 from service import launch
 from service.cluster import check_local_capacity, ray_session
 from service.config import ConfigError, RunConfig, check, explain
+from service.files import RESULT_NAME, read_json
+from service.inspection import find_run
 
 if TYPE_CHECKING:
     from service.console import Console
@@ -62,7 +64,7 @@ def compare(
     runs = [launch.resolve(run) for run in variants(config, methods, seeds)]
     check_local_capacity(config.scaling)
     with console.counter("preparing") as progress:
-        folder = launch.ensure_prepared(runs[0], progress)
+        folder = launch.ensure_prepared(runs[0], progress, debug=debug).folder
     manifest = load_manifest(folder)
     for run in runs:
         launch.check_plan(run, manifest)
@@ -73,6 +75,34 @@ def compare(
             console.status(f"run {number} of {len(runs)}: {run.name}")
             outcome = launch.train(run, folder, view=console.progress, debug=debug)
             results.append(outcome.result)
+    return _compared(results, console)
+
+
+def compare_runs(runs: list[str], storage: str, console: "Console") -> dict[str, Any]:
+    """Compare finished runs, by method; the same table and values as `compare`.
+
+    Raises:
+        ConfigError: a run is not there or not finished, or their data or splits differ.
+    """
+    results = []
+    for run in runs:
+        result = read_json(find_run(run, storage, RESULT_NAME) / RESULT_NAME)
+        assert result
+        results.append(result)
+    return _compared(results, console)
+
+
+def _compared(results: list[dict[str, Any]], console: "Console") -> dict[str, Any]:
+    first = results[0]
+    for other in results[1:]:
+        if other["data_digest"] != first["data_digest"]:
+            raise ConfigError(
+                f"run {other['name']} (split {other['split']}, data {other['data_digest'][:12]}) "
+                f"cannot be compared with {first['name']} (split {first['split']}, data "
+                f"{first['data_digest'][:12]}): their test sets differ; train both on one "
+                "prepared set"
+            )
+    methods = list(dict.fromkeys(result["method"] for result in results))
     summary = summarize(results)
-    console.comparison(summary, methods, len(seeds))
-    return {**summary, "runs": len(results)}
+    console.comparison(summary, methods, len(results) // len(methods))
+    return {**summary, "runs": len(results), "split": first["split"]}

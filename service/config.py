@@ -5,18 +5,24 @@ each other, and errors are turned into sentences.
 """
 
 import difflib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data.sources import DataConfig
+from data.config import DataConfig
+from data.schema import Augment
 from training.encoders import ModelConfig
 from training.methods import MidasConfig, OgmGeConfig
 from training.optim import OptimConfig
 
 PRESETS = Path(__file__).parent.parent / "tune_configs"
+NAMED_FLAG = re.compile(
+    r"--(no-)?((?P<section>data|model)\.)?(?P<field>modalities|encoders|augment)\.(?P<name>[^.=]+)\."
+)
 MethodName = Literal["midas", "joint", "joint_uni", "unimodal", "ogm_ge"]
 
 
@@ -107,6 +113,8 @@ class RunConfig(BaseModel):
     method: MethodName = "midas"
     """Training method; the controls run in the same harness."""
     data: DataConfig = DataConfig()
+    augment: dict[str, Augment] = {}
+    """Random changes in training, per modality; the others follow the recipe of the data."""
     model: ModelConfig = ModelConfig()
     midas: MidasConfig = MidasConfig()
     ogm_ge: OgmGeConfig = OgmGeConfig()
@@ -170,6 +178,23 @@ def check(config: RunConfig) -> None:
             f"optim.epochs={config.optim.epochs}; the best checkpoint is taken from the main phase "
             "only; use fewer warm-up epochs or more epochs"
         )
+
+
+def named(config: RunConfig, flags: Sequence[str]) -> RunConfig:
+    """The config with an entry for every name that flags set something of.
+
+    `--data.modalities.photo.side 64` needs an entry `photo` in `data.modalities`: flags exist for
+    the entries of a default only.
+    """
+    for found in filter(None, map(NAMED_FLAG.match, flags)):
+        section, field, name = found["section"], found["field"], found["name"]
+        owner = getattr(config, section) if section else config
+        entries = getattr(owner, field)
+        if name not in entries:
+            entry = get_args(type(owner).model_fields[field].annotation)[1]()
+            owner = owner.model_copy(update={field: {**entries, name: entry}})
+            config = config.model_copy(update={section: owner}) if section else owner
+    return config
 
 
 def preset_names() -> list[str]:

@@ -87,6 +87,7 @@ class Console:
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
+            _RateColumn(),
             rich.progress.TimeRemainingColumn(),
         )
         with rich.progress.Progress(*columns, console=self.err, transient=True) as bar:
@@ -107,11 +108,19 @@ class Console:
         if report.reused:
             text = "already prepared, every shard verified"
         self.out.print(Text(f"{report.manifest.name}: {text}"))
-        for key, reason in report.rejected[:5]:
-            self.out.print(Text(f"  left out {key}: {reason}"), soft_wrap=True)
+        self.out.print(Text(f"  split: {report.manifest.split_rule}"))
+        for m in report.manifest.modalities:
+            size = " x ".join(map(str, m.shape))
+            self.out.print(Text(f"  {m.name}: {m.kind}, {m.dtype} {size} {m.about}".rstrip()))
+        for rejection in report.rejected[:5]:
+            line = f"  left out {rejection.key}: {rejection.reason}"
+            self.out.print(Text(line), soft_wrap=True)
         if len(report.rejected) > 5:
             self.out.print(Text(f"  and {len(report.rejected) - 5} more, see rejected.jsonl"))
-        self._places({"folder": str(report.folder)})
+        for line in report.findings:
+            self.out.print(Text(f"  {line}"), soft_wrap=True)
+        card = f"{report.folder}/card.html"
+        self._places({"folder": str(report.folder), "data card": card})
 
     def summary(self, outcome: RunOutcome) -> None:
         """Prints the end of a training: its results and where to look."""
@@ -164,7 +173,7 @@ class Console:
                 label, *(f"{pair[0]:.4f} ± {pair[1]:.4f}" if pair else "" for pair in pairs)
             )
         self.out.print(table)
-        self.out.print(Text(f"mean ± sample standard deviation over {num_seeds} seeds", "dim"))
+        self.out.print(Text(f"mean ± sample standard deviation over {num_seeds} runs each", "dim"))
 
     def verified(self, result: Mapping[str, Any]) -> None:
         """Prints whether steps of a run came out the same again."""
@@ -351,17 +360,30 @@ class Eta:
         return elapsed / done * max(0.0, 1.0 - fraction)
 
 
+class _RateColumn(rich.progress.ProgressColumn):
+    """Items a second, lately."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text(f"{task.speed:.0f}/s" if task.speed else "", "dim")
+
+
 class _LoggedCounter:
     """A counter without a terminal: a log line a minute, and the last."""
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._logged = time.monotonic()
+        self._began = self._logged = time.monotonic()
+        self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
+        if self._first is None:
+            self._first, self._began = done, time.monotonic()
         if done == total or time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
-            logger.info("%s: %d of %d", self._label, done, total)
+            rate = (done - self._first) / max(self._logged - self._began, 1e-3)
+            left = _clock((total - done) / rate) if rate else "-:--:--"
+            text = "%s: %d of %d, %.0f/s, eta %s"
+            logger.info(text, self._label, done, total, rate, left)
 
 
 class _LogHandler(logging.Handler):

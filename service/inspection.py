@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from data.folder import Folder
 from data.schema import Manifest, Split, load_manifest, verify_shards
 from service.cluster import ray_session, run_workers
 from service.config import ConfigError, RunConfig, ScalingConfig
@@ -32,7 +33,7 @@ def evaluate(
     Raises:
         ConfigError: there is no such finished run, or its data is not there any more.
     """
-    folder = _find(run, storage, RESULT_NAME)
+    folder = find_run(run, storage, RESULT_NAME)
     result = read_json(folder / RESULT_NAME)
     assert result is not None
     config, payload = _of_run(folder, scaling)
@@ -71,7 +72,7 @@ def verify(
     Raises:
         ConfigError: there is no such run, or it has no records of these steps.
     """
-    folder = _find(run, storage, RUN_NAME)
+    folder = find_run(run, storage, RUN_NAME)
     stored = RunConfig.model_validate(yaml.safe_load((folder / CONFIG_NAME).read_text()))
     stored = stored.model_copy(update={"storage": str(folder.parent), "name": folder.name})
     store = checkpoint_store(stored)
@@ -154,7 +155,7 @@ def _steps_done(checkpoint: str) -> int:
     return int(checkpoint.rpartition("_")[2])
 
 
-def _find(run: str, storage: str, needed: str) -> Path:
+def find_run(run: str, storage: str, needed: str) -> Path:
     """Folder of a run, named or given as a path, that has the file `needed`."""
     folder = (Path(run) if (Path(run) / needed).is_file() else Path(storage) / run).resolve()
     if not (folder / needed).is_file():
@@ -175,11 +176,12 @@ def _of_run(folder: Path, scaling: ScalingConfig) -> tuple[RunConfig, dict[str, 
     return config, base_payload(config, *_data_of(folder))
 
 
-def _data_of(folder: Path) -> tuple[Manifest, Path]:
+def _data_of(folder: Path) -> tuple[Manifest, Folder]:
     """The data a run was trained on, verified; looked for where it was, and beside the run."""
     run = read_json(folder / RUN_NAME) or {}
-    recorded = Path(run["data_folder"])
-    data_folder = recorded if recorded.is_dir() else folder.parent / "shards" / recorded.name
+    data_folder = Folder.at(run["data_folder"])
+    if data_folder.is_local and not data_folder.path.is_dir():
+        data_folder = Folder.at(folder.parent / "shards" / data_folder.path.name)
     manifest = load_manifest(data_folder)
     if manifest.digest != run["data_digest"]:
         raise ConfigError(

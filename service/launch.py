@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import yaml
 
-from data.prepare import default_folder, prepare
+from data.folder import Folder
+from data.prepare import CARD_NAMES, Part, PrepareReport, Work, default_folder, prepare
 from data.schema import Manifest, load_manifest
+from data.shards import ShardOutcome
 from service import tracking
 from service.cluster import (
     RunError,
@@ -69,7 +71,11 @@ def resolve(config: RunConfig) -> RunConfig:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
     name = config.name or f"{config.data.name}-{config.method}-{stamp}"
     root = config.data.root and str(Path(config.data.root).expanduser().resolve())
-    data = config.data.model_copy(update={"root": root})
+    table = config.data.table and str(Path(config.data.table).expanduser().resolve())
+    stored = config.data.storage
+    if stored and "://" not in stored:
+        stored = str(Path(stored).expanduser().resolve())
+    data = config.data.model_copy(update={"root": root, "table": table, "storage": stored})
     kept = config.checkpoint.storage
     if kept and "://" not in kept:
         kept = str(Path(kept).expanduser().resolve())
@@ -80,11 +86,20 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
-def ensure_prepared(config: RunConfig, progress: Callable[[int, int], None]) -> Path:
-    """Folder of the prepared data set; prepares it if needed, and checks every shard's hash."""
+def ensure_prepared(
+    config: RunConfig, progress: Callable[[int, int], None], *, debug: bool = False
+) -> PrepareReport:
+    """Prepare the data set if needed, on the cluster if it is large, and check every shard."""
     folder = default_folder(config.data, Path(config.storage))
-    prepare(config.data, folder, progress)
-    return folder
+
+    @contextlib.contextmanager
+    def cluster() -> Iterator[Callable[[Work, list[Part]], Iterator[ShardOutcome]]]:
+        from data.pipeline import work_anywhere
+
+        with ray_session(config, debug=debug):
+            yield lambda work, parts: map(ShardOutcome.model_validate, work_anywhere(work, parts))
+
+    return prepare(config.data, folder, progress, cluster)
 
 
 def finished(config: RunConfig) -> RunOutcome | None:
@@ -120,7 +135,7 @@ def finished(config: RunConfig) -> RunOutcome | None:
 
 def train(
     config: RunConfig,
-    data_folder: Path,
+    data_folder: Folder,
     *,
     view: View,
     faults: Sequence[Fault] = (),
@@ -170,6 +185,12 @@ def check_plan(config: RunConfig, manifest: Manifest) -> None:
     from service.worker import make_method
 
     check_local_capacity(config.scaling)
+    names = [modality.name for modality in manifest.modalities]
+    if unknown := [name for name in config.augment if name not in names]:
+        raise ConfigError(
+            f"augment names {unknown[0]!r}, which is no modality of {manifest.name}; use one of "
+            f"{', '.join(names)}"
+        )
     make_order(config, manifest).lanes_of(0, config.scaling.max_workers)
     checkpoint_store(config)
     make_method(config, manifest)
@@ -179,7 +200,7 @@ class _Run:
     """One training run: its MLflow run, its files and its result."""
 
     def __init__(
-        self, config: RunConfig, manifest: Manifest, data_folder: Path, faults: Sequence[Fault]
+        self, config: RunConfig, manifest: Manifest, data_folder: Folder, faults: Sequence[Fault]
     ):
         self._config = config
         self._faults = {"faults": [asdict(f) for f in faults], "driver": os.getpid()}
@@ -236,6 +257,7 @@ class _Run:
             "order_chain": returned["order_chain"],
             "loss_chain": returned["loss_chain"],
             "data_digest": self._manifest.digest,
+            "split": self._manifest.split_rule,
             "mlflow_run_id": self._run_id,
             "mlflow_uri": self._uri,
             "seconds": seconds,
@@ -262,6 +284,7 @@ class _Run:
                 "method": self._config.method,
                 "data": self._manifest.name,
                 "data_digest": digest,
+                "split": self._manifest.split_rule,
                 "run_folder": str(self._folder),
             },
             dataset=tracking.DatasetInfo(self._manifest.name, digest, self._manifest.rows("train")),
@@ -270,7 +293,7 @@ class _Run:
         about = {
             "mlflow_run_id": self._run_id,
             "mlflow_uri": self._uri,
-            "data_folder": str(self._data_folder.resolve()),
+            "data_folder": str(self._data_folder),
             "data_digest": digest,
         }
         write_text(self._folder / RUN_NAME, json.dumps(about, indent=2) + "\n")
@@ -292,6 +315,10 @@ class _Run:
                 name: folder / name
                 for name in (CONFIG_NAME, RESULT_NAME)
                 if (folder / name).is_file()
+            }
+            | {
+                f"data/{name}": self._data_folder.read(name).decode()
+                for name in CARD_NAMES
             },
             checkpoint=f"{checkpoints_uri(self._config)}/{best}" if best else None,
         )
@@ -319,16 +346,16 @@ def checkpoint_store(config: RunConfig) -> CheckpointStore:
     try:
         return CheckpointStore.at(checkpoints_uri(config))
     except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"checkpoint.storage: {error}") from error
 
 
-def base_payload(config: RunConfig, manifest: Manifest, data_folder: Path) -> dict[str, Any]:
+def base_payload(config: RunConfig, manifest: Manifest, data_folder: Folder) -> dict[str, Any]:
     """What every function of service/worker.py needs."""
     return {
         "checkpoints": checkpoints_uri(config),
         "config": config.model_dump(mode="json"),
         "manifest": manifest.model_dump(mode="json"),
-        "data_folder": str(data_folder.resolve()),
+        "data_folder": str(data_folder),
     }
 
 

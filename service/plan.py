@@ -26,7 +26,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         DataError: the raw data is not there, or the order's rules do not hold.
     """
     folder = default_folder(config.data, Path(config.storage))
-    prepared = (folder / MANIFEST_NAME).is_file()
+    prepared = folder.has(MANIFEST_NAME)
     manifest = load_manifest(folder) if prepared else _draft(config)
     order = make_order(config, manifest)
     workers, batch = config.scaling.min_workers, config.train.global_batch_size
@@ -42,6 +42,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "data": config.data.name,
         "data_folder": str(folder),
         "data_prepared": prepared,
+        "split": manifest.split_rule,
         **{f"rows/{split}": manifest.rows(split) for split in SPLITS},
         "modalities": ", ".join(f"{m.name} {m.dtype}{list(m.shape)}" for m in manifest.modalities),
         "classes": len(manifest.classes),
@@ -59,7 +60,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "parameters": parameters,
         "worker_memory_mib/weights_gradients_optimizer": _mib(weights),
         "worker_memory_mib/activations": _mib(activations),
-        "worker_memory_mib/shuffle_windows": _mib(2 * window_rows * manifest.row_nbytes),
+        "worker_memory_mib/shuffle_windows": _mib(2 * window_rows * manifest.row_nbytes("train")),
         "storage": str(Path(config.storage).resolve()),
     }
 
@@ -68,10 +69,12 @@ def _draft(config: RunConfig) -> Manifest:
     """Manifest of a set that is not prepared yet, with the sizes that prepare will make."""
     source = build_source(config.data)
     items = source.items()
+    train_rows = sum(item.split == "train" for item in items)
+    row_nbytes = sum(modality.stored_nbytes("train") for modality in source.modalities)
     splits: dict[Split, tuple[Shard, ...]] = {}
     for split in SPLITS:
         rows = sum(item.split == split for item in items)
-        size = config.data.group_rows(sum(item.split == "train" for item in items))
+        size = config.data.group_rows(train_rows, row_nbytes)
         groups = [size] * (rows // size) + [rows % size] * (rows % size > 0)
         splits[split] = (
             Shard(path="", rows=rows, row_groups=tuple(groups), num_bytes=0, sha256=""),
@@ -79,6 +82,7 @@ def _draft(config: RunConfig) -> Manifest:
     return Manifest(
         name=source.name,
         source={},
+        split_rule=source.split_rule,
         modalities=source.modalities,
         classes=source.classes,
         splits=splits,
@@ -96,7 +100,12 @@ def _activation_bytes(model: MultimodalModel, manifest: Manifest) -> int:
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(count) for module in leaves]
     with torch.no_grad():
-        model.eval().encode({m.name: torch.zeros(1, *m.shape) for m in manifest.modalities})
+        model.eval().encode(
+            {
+                m.name: torch.ones(1, *m.shape, dtype=torch.int32 if m.kind == "text" else None)
+                for m in manifest.modalities
+            }
+        )
     for hook in hooks:
         hook.remove()
     return sum(sizes)

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import pyarrow as pa
 from pyarrow import fs
 
+from data.folder import file_system
 from training.chain import StepRecord
 from training.checkpoint import STATE_NAME, Packed
 
@@ -51,27 +51,6 @@ class StorageError(RuntimeError):
 def checkpoint_name(steps_done: int) -> str:
     """Folder name of the checkpoint after this many steps of the run."""
     return f"step_{steps_done:010d}"
-
-
-def file_system(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it.
-
-    Raises:
-        ValueError: neither pyarrow nor fsspec knows the scheme, or its package is missing.
-    """
-    try:
-        return fs.FileSystem.from_uri(uri)
-    except pa.ArrowInvalid:
-        from fsspec.core import url_to_fs
-
-        try:
-            system, path = url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise ValueError(
-                f"checkpoint.storage={uri} cannot be used: {error}; give a folder, or a URI that "
-                "pyarrow or an installed fsspec package knows (s3://, gs://, abfs://, ...)"
-            ) from error
-        return fs.PyFileSystem(fs.FSSpecHandler(system)), str(path)
 
 
 class CheckpointStore:

@@ -37,7 +37,7 @@ from training import checkpoint as checkpoints
 from training.batch import Batch
 from training.chain import StepRecord, order_text
 from training.distributed import add_in_rank_order, any_rank, from_rank_zero, rank, world_size
-from training.encoders import ModalityKind, build_model
+from training.encoders import ModalitySpec, build_model
 from training.evaluation import evaluate
 from training.loop import LOSS, ORDER, Hooks, Position, fit
 from training.methods import build_method
@@ -154,8 +154,8 @@ def make_method(config: RunConfig, manifest: Manifest) -> Method:
     Raises:
         ConfigError: model or method settings do not fit the data set.
     """
-    parts: list[tuple[str, ModalityKind, tuple[int, ...]]] = [
-        (m.name, m.kind, m.shape) for m in manifest.modalities
+    parts = [
+        ModalitySpec(m.name, m.kind, m.shape, m.pad, m.vocab_size) for m in manifest.modalities
     ]
     try:
         model = build_model(config.model, parts, len(manifest.classes), config.train.seed)

@@ -1,6 +1,6 @@
 """What flows between the loop, a method and the reader: Batch, Progress, StepOutput.
 
-Shapes: B rows of this rank's part of the global batch.
+Shapes: B rows of this rank's part of the global batch, M modalities in the order of the model.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ class Batch:
     """This rank's part of one global batch; the parts of ranks 0..W-1, concatenated, are the batch.
 
     Attributes:
-        inputs: modality name -> (B, ...) tensor, dtype as described by the manifest.
+        inputs: modality name -> (B, ...) tensor, dtype as described by the manifest; rows that lack
+            the modality hold any finite numbers.
         label: (B,) int64 class ids.
         sample_id: (B,) int64, unique in the data set.
         lane: (B,) int64, non-decreasing: the lane of the global order a row came from. Lanes do not
@@ -23,6 +24,7 @@ class Batch:
         num_lanes: number of lanes of the global order.
         global_rows: rows of the whole global batch, over all ranks.
         keep: (B, M) bool, modalities that a `Resampling` keeps; None keeps all.
+        present: (B, M) bool, modalities that a row has; None, on every rank, if all have all.
         carried: the loop's own numbers, added over ranks together with those of the method.
     """
 
@@ -33,7 +35,15 @@ class Batch:
     num_lanes: int
     global_rows: int
     keep: Tensor | None = None
+    present: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> Tensor:
+        """(B,) bool, rows that have all modalities."""
+        if self.present is None:
+            return torch.ones_like(self.label, dtype=torch.bool)
+        return self.present.all(dim=1)
 
 
 @dataclass(frozen=True)

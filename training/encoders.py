@@ -1,23 +1,45 @@
 """Encoders, and the model built from a configuration: which network reads which modality.
 
-Shapes: B rows, D_m features of modality m, C classes. An encoder maps (B, *shape) to (B, D_m).
+Shapes: K frames of a clip, C classes. The networks are in `networks.py` and `pretrained.py`.
 """
 
 import difflib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from torch import nn
 
 from training.batchnorm import synchronise
 from training.model import MultimodalModel
+from training.networks import (
+    RESNET18_FEATURES,
+    Encoder,
+    Transformer,
+    after_leading_zeros,
+    mlp,
+    resnet18,
+    small_cnn,
+)
 
-ModalityKind = Literal["image", "audio", "vector"]
-RESNET18_FEATURES = 512
+ModalityKind = Literal["image", "frames", "flow", "audio", "text", "vector", "sequence"]
+
 SMALL_SIDE = 64
+CNN_WIDTH = 32
+TRANSFORMER_WIDTH = 128
+CLIPS = ("frames", "flow")
+PLANES = ("image", *CLIPS, "audio")
+READS: dict[str, tuple[str, ...]] = {
+    "small_cnn": PLANES,
+    "resnet18": PLANES,
+    "mlp": (*PLANES, "vector", "sequence"),
+    "transformer": ("text", "sequence"),
+    "pretrained": (*PLANES, "text"),
+}
 
 
 class EncoderConfig(BaseModel):
@@ -25,18 +47,49 @@ class EncoderConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["auto", "small_cnn", "resnet18", "mlp"] = "auto"
-    """auto: mlp for vectors, small_cnn if a side is under 64, resnet18 otherwise."""
+    kind: Literal["auto", "small_cnn", "resnet18", "mlp", "transformer", "pretrained"] = "auto"
+    """auto: mlp for vectors, transformer (from scratch) for sequences and texts; for the others
+    small_cnn if a side is under 64, resnet18 otherwise. pretrained: see `name`."""
 
-    width: PositiveInt = 32
-    """small_cnn: channels of the first block; the second has twice as many."""
+    width: PositiveInt | None = None
+    """small_cnn: channels of the first block, 32; the second has twice as many. transformer: width
+    of every layer, 128."""
 
     hidden: PositiveInt = 256
     """mlp: units of the hidden layer."""
 
+    layers: PositiveInt = 2
+    """transformer: number of layers."""
+
+    heads: PositiveInt = 4
+    """transformer: attention heads; a divisor of width."""
+
     features: PositiveInt | None = None
-    """Output width. Default: 4 * width (small_cnn), hidden (mlp), 512 (resnet18); another width of
-    resnet18 adds a linear layer."""
+    """Output width. Default: 4 * width (small_cnn), hidden (mlp), 512 (resnet18), width
+    (transformer), the network's own (pretrained); another width adds a linear layer to the last
+    three."""
+
+    weights: str = "none"
+    """resnet18: none, imagenet, or the path of a state dict of torchvision's (.safetensors, .pth);
+    filters for other than 3 channels are the mean of those for rgb."""
+
+    name: str | None = None
+    """pretrained: hub name or folder of a transformers model with weights in safetensors. Where it
+    has dropout, every worker draws its own, so results depend on the number of workers."""
+
+    pretrained: bool = True
+    """pretrained: take its weights; off takes the architecture only, with weights from the seed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EncoderConfig":
+        # Another kind that is asked for leaves a preset's name aside.
+        decided = self.kind not in ("auto", "pretrained")
+        if not decided and (self.kind == "pretrained") != (self.name is not None):
+            raise ValueError(
+                f"kind={self.kind!r} with name={self.name!r}: a name belongs to kind='pretrained', "
+                "and it needs one; set both or neither"
+            )
+        return self
 
 
 class ModelConfig(BaseModel):
@@ -55,85 +108,87 @@ class ModelConfig(BaseModel):
     """Units of the hidden ReLU layer of every head; 0 makes heads linear."""
 
 
-class Encoder(nn.Module):
-    """Convert rows to the weights' type, give them the body's input shape and run the body.
+@dataclass(frozen=True)
+class ModalitySpec:
+    """What an encoder must know of a modality.
 
-    Args:
-        body: (B, *input_shape) -> (B, out_features).
-        input_shape: what the body expects per row; as many elements as the modality's shape.
-        out_features: D_m.
-
-    Integers are not scaled.
+    Attributes:
+        name: of the modality.
+        kind: image (C, H, W); frames and flow (K, C, H, W), flow with C = 2; audio (1, bands,
+            frames) or (1, frames, bands); text (L,) token ids; vector (D,); sequence (T, D), padded
+            with zeros in front. Images and audio may lack the first dimension.
+        shape: of one row.
+        pad: of a text, id of the padding token.
+        vocab_size: of a text, number of ids.
     """
 
-    def __init__(self, body: nn.Module, input_shape: tuple[int, ...], out_features: int):
-        super().__init__()
-        # Convolutions are about 1.5 times faster on CPUs, and no slower on GPUs, in this layout.
-        self.body = body.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.input_shape = input_shape
-        self.out_features = out_features
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, ...) of any dtype to (B, D_m)."""
-        rows = inputs.to(next(self.body.parameters()).dtype)
-        rows = rows.reshape(rows.shape[0], *self.input_shape)
-        if rows.dim() == 4:
-            rows = rows.contiguous(memory_format=torch.channels_last)
-        return self.body(rows)
+    name: str
+    kind: ModalityKind
+    shape: tuple[int, ...]
+    pad: int = 0
+    vocab_size: int = 0
 
 
-def build_encoder(
-    config: EncoderConfig, kind_of_modality: ModalityKind, shape: tuple[int, ...]
-) -> Encoder:
-    """Encoder for rows of `shape`: (C, H, W) or (H, W) for convolutions, anything for mlp.
+def build_encoder(config: EncoderConfig, spec: ModalitySpec) -> Encoder:
+    """Encoder for rows of `spec`; the random weights come from torch's default generator.
 
     Raises:
-        ValueError: a convolutional encoder cannot read this shape.
+        ValueError: such an encoder cannot read this kind or shape, or its weights cannot be loaded.
     """
-    kind = _resolve(config, kind_of_modality, shape)
-    if kind == "mlp":
-        return _mlp(config, math.prod(shape))
-    if len(shape) not in (2, 3):
+    kind = _resolve(config, spec)
+    if spec.kind not in READS[kind]:
+        able = ", ".join(name for name, kinds in READS.items() if spec.kind in kinds)
         raise ValueError(
-            f"encoder {config.kind} for {kind_of_modality} rows of shape {shape}: convolutions "
-            "need (channels, height, width) or (height, width); prepare the data in that shape "
-            "(audio as log-mel) or set the encoder's kind to mlp"
+            f"model.encoders.{spec.name}.kind={kind} does not read {spec.kind} rows; use auto or "
+            f"one of: {able}"
         )
-    image_shape = (1, *shape)[-3:]
-    build = _small_cnn if kind == "small_cnn" else _resnet18
-    return build(config, image_shape)
+    if config.weights != "none" and kind != "resnet18":
+        raise ValueError(
+            f"model.encoders.{spec.name}.weights={config.weights!r} belongs to kind=resnet18, this "
+            f"encoder is {kind}; set the kind or remove the weights"
+        )
+    return _BUILDERS[kind](config, spec)
 
 
 def build_model(
-    config: ModelConfig,
-    modalities: Sequence[tuple[str, ModalityKind, tuple[int, ...]]],
-    num_classes: int,
-    seed: int,
+    config: ModelConfig, modalities: Sequence[ModalitySpec], num_classes: int, seed: int
 ) -> MultimodalModel:
-    """Model with weights drawn from `seed` alone; equal on every rank, on the CPU.
+    """Model with weights drawn from `seed` alone, or loaded; equal on every rank, on the CPU.
 
     Args:
         config: encoders and heads.
-        modalities: (name, kind, shape of one row), in the order of fusion.
+        modalities: in the order of fusion.
         num_classes: C.
         seed: the caller's random state is neither read nor changed.
 
     Raises:
-        ValueError: an encoder is configured for a modality that does not exist or cannot read it.
+        ValueError: an encoder is configured for a modality that does not exist or cannot read it,
+            or its weights cannot be loaded.
     """
-    names = [name for name, _, _ in modalities]
+    names = [spec.name for spec in modalities]
+    for name in names:
+        _check_name(name)
     for name in config.encoders:
         _check_known(name, names)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         encoders: dict[str, nn.Module] = {
-            name: build_encoder(config.encoders.get(name, EncoderConfig()), kind, shape)
-            for name, kind, shape in modalities
+            spec.name: build_encoder(config.encoders.get(spec.name, EncoderConfig()), spec)
+            for spec in modalities
         }
         model = MultimodalModel(encoders, num_classes, config.head_hidden)
     if config.batchnorm == "sync":
         synchronise(model)
     return model
+
+
+def _check_name(name: str) -> None:
+    """A module of a container cannot be called as what the container has of its own."""
+    if hasattr(nn.ModuleDict(), name) or "." in name or not name:
+        raise ValueError(
+            f"a modality cannot be called {name!r}, which torch's containers of modules use; give "
+            "it another name (of your own table: --data.modalities.NEW.column)"
+        )
 
 
 def _check_known(name: str, names: list[str]) -> None:
@@ -147,66 +202,79 @@ def _check_known(name: str, names: list[str]) -> None:
     )
 
 
-def _resolve(config: EncoderConfig, kind_of_modality: ModalityKind, shape: tuple[int, ...]) -> str:
+def _resolve(config: EncoderConfig, spec: ModalitySpec) -> str:
     if config.kind != "auto":
         return config.kind
-    if kind_of_modality == "vector":
+    if spec.kind == "vector":
         return "mlp"
-    return "small_cnn" if min(shape[-2:]) < SMALL_SIDE else "resnet18"
+    if spec.kind in ("text", "sequence"):
+        return "transformer"
+    return "small_cnn" if min(spec.shape[-2:]) < SMALL_SIDE else "resnet18"
 
 
-def _mlp(config: EncoderConfig, in_features: int) -> Encoder:
-    """Linear -> ReLU -> Linear, Xavier-normal weights, zero biases (methods.md 5.2)."""
+def _build_mlp(config: EncoderConfig, spec: ModalitySpec) -> Encoder:
+    in_features = math.prod(spec.shape)
     features = config.features or config.hidden
-    body = nn.Sequential(
-        nn.Linear(in_features, config.hidden), nn.ReLU(), nn.Linear(config.hidden, features)
-    )
-    for layer in body:
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return Encoder(body, (in_features,), features)
+    return Encoder(mlp(in_features, config.hidden, features), (in_features,), features)
 
 
-def _small_cnn(config: EncoderConfig, shape: tuple[int, ...]) -> Encoder:
-    """Three conv3x3-BN-ReLU blocks, pooling in the first two, global average pool."""
-    features = config.features or 4 * config.width
-    body = nn.Sequential(
-        *_block(shape[0], config.width, pool=True),
-        *_block(config.width, 2 * config.width, pool=True),
-        *_block(2 * config.width, features, pool=False),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-    _init_convolutions(body)
-    return Encoder(body, shape, features)
+def _build_small_cnn(config: EncoderConfig, spec: ModalitySpec) -> Encoder:
+    num_frames, shape = _planes(config, spec)
+    width = config.width or CNN_WIDTH
+    features = config.features or 4 * width
+    return Encoder(small_cnn(shape[0], width, features), shape, features, num_frames)
 
 
-def _block(in_channels: int, out_channels: int, *, pool: bool) -> list[nn.Module]:
-    """Pooling stands before the ReLU: the same function, on a quarter of the elements."""
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    pooling = [nn.MaxPool2d(2, ceil_mode=True)] if pool else []
-    return [convolution, nn.BatchNorm2d(out_channels), *pooling, nn.ReLU(inplace=True)]
-
-
-def _resnet18(config: EncoderConfig, shape: tuple[int, ...]) -> Encoder:
-    """torchvision's ResNet-18 from scratch for any number of channels, without its classifier."""
-    from torchvision.models import resnet18  # two seconds that only this encoder needs
-
+def _build_resnet18(config: EncoderConfig, spec: ModalitySpec) -> Encoder:
+    num_frames, shape = _planes(config, spec)
     features = config.features or RESNET18_FEATURES
-    body = resnet18(weights=None)
-    body.conv1 = nn.Conv2d(shape[0], 64, kernel_size=7, stride=2, padding=3, bias=False)
-    body.fc = (  # pyright: ignore[reportAttributeAccessIssue]
-        nn.Identity() if features == RESNET18_FEATURES else nn.Linear(RESNET18_FEATURES, features)
-    )
-    _init_convolutions(body)
-    return Encoder(body, shape, features)
+    return Encoder(resnet18(shape[0], features, config.weights), shape, features, num_frames)
 
 
-def _init_convolutions(body: nn.Module) -> None:
-    """Kaiming fan_out convolutions, BatchNorm weights from N(1, 0.02) (methods.md 3.2)."""
-    for module in body.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0, 0.02)
+def _build_transformer(config: EncoderConfig, spec: ModalitySpec) -> Encoder:
+    width, is_text = config.width or TRANSFORMER_WIDTH, spec.kind == "text"
+    if width % config.heads:
+        raise ValueError(
+            f"model.encoders.{spec.name}: width={width} is not a multiple of heads={config.heads}; "
+            "change one of them"
+        )
+    embed = nn.Embedding(spec.vocab_size, width) if is_text else nn.Linear(spec.shape[1], width)
+    is_real = partial(torch.ne, other=spec.pad) if is_text else after_leading_zeros
+    features = config.features or width
+    sizes = (spec.shape[0], width, config.heads, config.layers, features)
+    return Encoder(Transformer(embed, is_real, *sizes), spec.shape, features, tokens=is_text)
+
+
+def _build_pretrained(config: EncoderConfig, spec: ModalitySpec) -> Encoder:
+    from training.pretrained import build_pretrained  # seconds that only this encoder needs
+
+    num_frames, shape = _frames(spec)
+    shape = shape[-2:] if spec.kind == "audio" else shape
+    body, features = build_pretrained(config, spec, shape)
+    return Encoder(body, shape, features, num_frames, tokens=spec.kind == "text")
+
+
+def _frames(spec: ModalitySpec) -> tuple[int, tuple[int, ...]]:
+    """Number of frames, and shape of one; a row that is no clip is one frame."""
+    return (spec.shape[0], spec.shape[1:]) if spec.kind in CLIPS else (1, spec.shape)
+
+
+def _planes(config: EncoderConfig, spec: ModalitySpec) -> tuple[int, tuple[int, ...]]:
+    """Number of frames, and (C, H, W) of one."""
+    num_frames, shape = _frames(spec)
+    if len(shape) not in ((3,) if spec.kind in CLIPS else (2, 3)):
+        raise ValueError(
+            f"encoder {config.kind} for {spec.kind} rows of shape {spec.shape}: convolutions "
+            "need (channels, height, width) or (height, width), clips with frames in front; "
+            "prepare the data in that shape (audio as log-mel) or set the encoder's kind to mlp"
+        )
+    return num_frames, (1, *shape)[-3:]
+
+
+_BUILDERS = {
+    "small_cnn": _build_small_cnn,
+    "resnet18": _build_resnet18,
+    "mlp": _build_mlp,
+    "transformer": _build_transformer,
+    "pretrained": _build_pretrained,
+}

@@ -48,8 +48,11 @@ def evaluate(
 
     Returns:
         `loss`: mean cross-entropy of the fused prediction, nats.
-        `accuracy`, `head_accuracy/<m>`: of the fused prediction and of the unimodal ones.
-        `zero_out_accuracy/<m>`: fused, the features of all other modalities zeroed.
+        `accuracy`, `head_accuracy/<m>`: of the fused prediction and of the unimodal ones, these
+            over the rows that have the modality.
+        `zero_out_accuracy/<m>`: fused, the features of all other modalities zeroed; over the rows
+            that have the modality.
+        `missing/<m>`: rows that lack the modality, if any do. Its features are zeros there.
         `f1_macro`: whole split; mean over classes that occur in labels or predictions, as in
             scikit-learn (BalanceBenchmark counts classes that never occur as 0).
         `f1_weighted`: whole split, weighted by class counts.
@@ -57,7 +60,8 @@ def evaluate(
             predictions, mean weighted by rows (methods.md 3.3); what MIDAS reports as F1.
         `misaligned_top2`: share of misaligned samples whose k highest classes are exactly the k
             labels of their sources (k = 2 for two modalities, else see `misaligned_sources`);
-            ties are misses; trivially 1 when k = C (methods.md 2.13).
+            ties are misses; trivially 1 when k = C (methods.md 2.13). Samples with a source that
+            lacks what it is to supply do not count.
         `misaligned_confidence/<m>`: mean probability of the label of modality m's source; NaN,
             like `misaligned_top2`, if the split has no misaligned samples.
         `shapley/<m>`: with `subsets`, contribution to the accuracy (`shapley_values`).
@@ -109,7 +113,9 @@ def local_sums(
         "loss": (),
         "confusion": (num_classes, num_classes),
         "f1_chunk": (),
+        "modality_rows": (num_modalities,),
         "head_correct": (num_modalities,),
+        "zero_out_correct": (num_modalities,),
         "subset_correct": (len(kept),),
         "misaligned_rows": (),
         "misaligned_hits": (),
@@ -121,13 +127,14 @@ def local_sums(
     for batch in chunks:
         chunk = int(batch.lane[0])
         moved = _move(batch, device)
-        features = method.model.encode(moved.inputs)
+        features = method.model.encode(moved.inputs, moved.present)
+        present_BM = _present(moved, num_modalities)
         predictions = method.predict(features)
         parts = {
             **_coverage_sums(moved),
-            **_aligned_sums(predictions, moved.label, method.model.modalities),
-            "subset_correct": _subset_correct(method, features, moved.label, kept),
-            **_misaligned_sums(method, features, moved.label, seed, chunk),
+            **_aligned_sums(predictions, moved.label, present_BM, method.model.modalities),
+            **_subset_sums(method, features, moved.label, present_BM, kept),
+            **_misaligned_sums(method, features, moved.label, present_BM, seed, chunk),
         }
         for name, total in sums.items():
             total += parts[name]
@@ -142,6 +149,7 @@ def compute_metrics(
 ) -> dict[str, float]:
     """Metrics (see `evaluate`, without `auroc`) from the sums over all chunks of a split."""
     rows, confusion = sums["rows"], sums["confusion"]
+    rows_M = sums["modality_rows"]
     f1 = class_f1(confusion)
     misaligned_rows = sums["misaligned_rows"]
     values = (sums["subset_correct"] / rows).tolist()
@@ -152,13 +160,15 @@ def compute_metrics(
         "f1_macro": float(macro_f1(confusion)),
         "f1_macro_batch64": float(sums["f1_chunk"] / rows),
         "f1_weighted": float((f1 * confusion.sum(1)).sum() / rows),
-        **_by_modality("head_accuracy", modalities, sums["head_correct"] / rows),
-        **{f"zero_out_accuracy/{name}": subset_accuracy[(name,)] for name in modalities},
+        **_by_modality("head_accuracy", modalities, sums["head_correct"] / rows_M),
+        **_by_modality("zero_out_accuracy", modalities, sums["zero_out_correct"] / rows_M),
         "misaligned_top2": float(sums["misaligned_hits"] / misaligned_rows),
         **_by_modality(
             "misaligned_confidence", modalities, sums["misaligned_confidence"] / misaligned_rows
         ),
     }
+    missing = _by_modality("missing", modalities, rows - rows_M)
+    metrics |= {name: count for name, count in missing.items() if count}
     if () in subset_accuracy:
         shapley = shapley_values(modalities, subset_accuracy)
         metrics |= {f"shapley/{name}": value for name, value in shapley.items()}
@@ -247,7 +257,16 @@ def _eval_mode(method: nn.Module) -> Iterator[None]:
 
 def _move(batch: Batch, device: torch.device | str) -> Batch:
     inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
-    return replace(batch, inputs=inputs, label=batch.label.to(device, non_blocking=True))
+    label = batch.label.to(device, non_blocking=True)
+    present = None if batch.present is None else batch.present.to(device, non_blocking=True)
+    return replace(batch, inputs=inputs, label=label, present=present)
+
+
+def _present(batch: Batch, num_modalities: int) -> Tensor:
+    """(B, M) bool, which modalities the rows have."""
+    if batch.present is not None:
+        return batch.present
+    return torch.ones_like(batch.label[:, None], dtype=torch.bool).expand(-1, num_modalities)
 
 
 def _coverage_sums(batch: Batch) -> dict[str, int]:
@@ -274,35 +293,57 @@ def _check_coverage(sums: dict[str, Tensor]) -> None:
 
 
 def _aligned_sums(
-    predictions: dict[str, Tensor], label: Tensor, modalities: tuple[str, ...]
+    predictions: dict[str, Tensor],
+    label: Tensor,
+    present_BM: Tensor,
+    modalities: tuple[str, ...],
 ) -> dict[str, Tensor]:
     fused = predictions["fused"].double()
     confusion = confusion_matrix(label, fused.argmax(1), fused.shape[1])
-    heads = [_correct(predictions[name], label) for name in modalities]
+    hits_BM = torch.stack([_correct(predictions[name], label) for name in modalities], dim=1)
     return {
         "loss": nn.functional.cross_entropy(fused, label, reduction="sum"),
         "confusion": confusion,
         "f1_chunk": macro_f1(confusion) * len(label),
-        "head_correct": torch.stack(heads),
+        "modality_rows": present_BM.sum(0),
+        "head_correct": (hits_BM & present_BM).sum(0),
     }
 
 
-def _subset_correct(
-    method: Method, features: dict[str, Tensor], label: Tensor, kept: list[Subset]
-) -> Tensor:
-    """(S,) rows that the fused prediction gets right from each subset's features alone."""
-    fused = [method.predict(keep_only(features, subset))["fused"] for subset in kept]
-    return torch.stack([_correct(logits, label) for logits in fused])
+def _subset_sums(
+    method: Method,
+    features: dict[str, Tensor],
+    label: Tensor,
+    present_BM: Tensor,
+    kept: list[Subset],
+) -> dict[str, Tensor]:
+    """Rows that the fused prediction gets right from each subset's features alone, (S,), and from
+    each modality's alone where it is present, (M,)."""
+    hits = {
+        subset: _correct(method.predict(keep_only(features, subset))["fused"], label)
+        for subset in kept
+    }
+    alone_BM = torch.stack([hits[(name,)] for name in features], dim=1)
+    return {
+        "subset_correct": torch.stack([hits_B.sum() for hits_B in hits.values()]),
+        "zero_out_correct": (alone_BM & present_BM).sum(0),
+    }
 
 
 def _misaligned_sums(
-    method: Method, features: dict[str, Tensor], label: Tensor, seed: int, chunk: int
+    method: Method,
+    features: dict[str, Tensor],
+    label: Tensor,
+    present_BM: Tensor,
+    seed: int,
+    chunk: int,
 ) -> dict[str, Tensor]:
     names, num_classes = method.model.modalities, method.model.num_classes
     progress = Progress(seed=seed, epoch=0, step=chunk, num_epochs=0)
     generator = progress.generator("misaligned evaluation")
     permutation = torch.randperm(len(label), generator=generator).to(label.device)
     sources, counts = misaligned_sources(label, len(names), num_classes, permutation)
+    counts = counts & present_BM.gather(0, sources).all(1)
     mixed = {name: features[name][sources[:, m]] for m, name in enumerate(names)}
     fused = method.predict(mixed)["fused"].double()
     labels = label[sources]
@@ -316,7 +357,8 @@ def _misaligned_sums(
 
 
 def _correct(logits: Tensor, label: Tensor) -> Tensor:
-    return (logits.argmax(1) == label).sum()
+    """(B,) whether the highest logit is the label's."""
+    return logits.argmax(1) == label
 
 
 def _occurrences(confusion: Tensor) -> Tensor:

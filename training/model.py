@@ -32,9 +32,21 @@ class MultimodalModel(nn.Module):
         )
         self.fusion = _head(sum(widths.values()), num_classes, head_hidden)
 
-    def encode(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """modality -> (B, ...) inputs to modality -> (B, D_m) features."""
-        return {name: self.encoders[name](inputs[name]) for name in self.modalities}
+    def encode(self, inputs: dict[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
+        """modality -> (B, ...) inputs to modality -> (B, D_m) features.
+
+        Args:
+            inputs: rows that lack a modality go through its encoder like the others, so that every
+                rank runs every encoder; BatchNorm counts them.
+            present: (B, M) bool; features of absent modalities are zeros. None: all are there.
+        """
+        features = {name: self.encoders[name](inputs[name]) for name in self.modalities}
+        if present is None:
+            return features
+        return {
+            name: torch.where(present[:, m, None], value, 0)
+            for m, (name, value) in enumerate(features.items())
+        }
 
     def unimodal_logits(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """modality -> (B, C) logits of the unimodal heads g_m."""

@@ -25,9 +25,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from data.config import DataConfig
 from data.features import log_mel, resample
 from data.schema import DataError, Modality, Split
-from data.sources.base import DataConfig, Item, RejectedSample, add_noise, raw_folder
+from data.sources.base import Item, RejectedSample, TensorSource, add_noise, raw_folder
 from data.sources.mnist import read_images, read_labels
 
 REMEDY = "`--data.root DIR` with fsdd/ (wav files) and mnist/ (the four idx gz files) inside"
@@ -73,7 +74,7 @@ class Pair:
     position: int
 
 
-class AVDigits:
+class AVDigits(TensorSource):
     """MNIST and FSDD, paired by digit; rules in the head of the file.
 
     Modalities:
@@ -90,7 +91,13 @@ class AVDigits:
     version: ClassVar[int] = 2
     modalities: ClassVar[tuple[Modality, ...]] = (
         Modality(name="image", kind="image", shape=(1, 28, 28), dtype="float32"),
-        Modality(name="audio", kind="audio", shape=(1, NUM_MELS, NUM_FRAMES), dtype="float32"),
+        Modality(
+            name="audio",
+            kind="audio",
+            shape=(1, NUM_MELS, NUM_FRAMES),
+            dtype="float32",
+            time_axis=-1,
+        ),
     )
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
 
@@ -98,6 +105,7 @@ class AVDigits:
         files = [f"mnist/{name}" for names in FILE_NAMES.values() for name in names]
         self._root = raw_folder(config, ["fsdd", *files], REMEDY)
         self._config = config
+        self.split_rule = f"{config.split} (recordings of FSDD)"
         self._log_mels: dict[str, np.ndarray] = {}
 
     def items(self) -> list[Item]:
@@ -112,6 +120,7 @@ class AVDigits:
                 f"{pair.recording.stem}+{pair.part}-{pair.position:05d}",
                 str(pair.recording.digit),
                 self._split(pair),
+                pair.recording.speaker,
             )
             for number, pair in enumerate(self._pairs)
         ]

@@ -1,46 +1,17 @@
 """What every source of raw samples shares: its settings, its items and its random streams."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
+from data.config import DataConfig
 from data.schema import DataError, Modality, Split
 
 NUM_NAMES_SHOWN = 8
-
-
-class DataConfig(BaseModel):
-    """Which data set is prepared, from where and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    name: Literal["digits", "avdigits", "rosmap"] = "digits"
-    """Data set: digits (images and key tones, built in), avdigits (FSDD and MNIST) or rosmap."""
-    root: str | None = None
-    """Folder of the raw files; avdigits: holds fsdd/ and mnist/; rosmap: holds the csv files."""
-    noise: dict[str, float] = {}
-    """Noise per modality: std on the standardised input; digits audio: noise to tone RMS."""
-    split: Literal["official", "unseen_speakers"] = "official"
-    """Partition: the official one, or (avdigits) the last two speakers as test set."""
-    test_images_per_recording: int = Field(default=1, ge=1)
-    """Images paired with each test recording (avdigits); no image is used twice."""
-    val_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """Part of the training rows that becomes the validation split (rosmap)."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the data: splits, noise and the order inside shards; training has its own."""
-    rows_per_shard: int = Field(default=8192, ge=1)
-    """Samples per Parquet file."""
-    rows_per_group: int | None = Field(default=None, ge=1)
-    """Rows per Parquet row group; None: training rows / 128, between 8 and 256."""
-
-    def group_rows(self, train_rows: int) -> int:
-        """Rows per row group; small ones, so that shuffling whole groups mixes well."""
-        return self.rows_per_group or min(max(train_rows // 128, 8), 256)
 
 
 @dataclass(frozen=True)
@@ -52,12 +23,25 @@ class Item:
         key: name a person can find the raw sample by.
         label: class name.
         split: train, val or test.
+        group: what should not be on two sides of a split, such as a speaker; "" if unknown.
+        media: modality -> what to load (data/sources/raw.py); empty where the source needs none.
     """
 
     sample_id: int
     key: str
     label: str
     split: Split
+    group: str = ""
+    media: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A sample that is left out, and why."""
+
+    key: str
+    split: Split
+    reason: str
 
 
 class RejectedSample(ValueError):
@@ -65,21 +49,25 @@ class RejectedSample(ValueError):
 
 
 class Source(Protocol):
-    """Raw samples of one data set.
+    """Raw samples of one data set; small enough to be sent to other processes.
 
     Attributes:
         name: name in `DataConfig`.
-        modalities: tensors of every sample.
-        classes: class names in label order.
         version: to be raised when the same raw files give other tensors, labels or splits.
+        modalities: tensors of every sample; this and what follows is known after `items`.
+        classes: class names in label order.
+        split_rule: how the samples came to their splits.
+        rejected: samples that `items` left out.
+        files: name -> content of files to keep with the shards, such as a tokenizer.
     """
 
-    name: ClassVar[str]
-    modalities: ClassVar[tuple[Modality, ...]]
-    classes: ClassVar[tuple[str, ...]]
-    version: ClassVar[int]
-
-    def __init__(self, config: DataConfig) -> None: ...
+    name: str
+    version: int
+    modalities: tuple[Modality, ...]
+    classes: tuple[str, ...]
+    split_rule: str
+    rejected: Sequence[Rejection]
+    files: Mapping[str, str]
 
     def items(self) -> list[Item]:
         """All samples of all splits.
@@ -90,7 +78,8 @@ class Source(Protocol):
         ...
 
     def load(self, item: Item) -> dict[str, np.ndarray]:
-        """Tensors of one sample, modality -> array of the modality's shape and dtype.
+        """Tensors of one sample, modality -> array of its stored shape and dtype; optional ones
+        that it lacks are left out.
 
         The result depends on the settings and the item alone, not on what was loaded before.
 
@@ -98,6 +87,13 @@ class Source(Protocol):
             RejectedSample: this sample cannot be read.
         """
         ...
+
+
+class TensorSource:
+    """Base of sources that make their tensors themselves: nothing to reject, no files to keep."""
+
+    rejected: Sequence[Rejection] = ()
+    files: Mapping[str, str] = {}
 
 
 class Purpose(IntEnum):

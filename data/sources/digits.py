@@ -10,12 +10,13 @@ from typing import ClassVar
 
 import numpy as np
 
+from data.config import DataConfig
 from data.features import log_mel
 from data.schema import Modality, Split
 from data.sources.base import (
-    DataConfig,
     Item,
     Purpose,
+    TensorSource,
     add_noise,
     stratified_splits,
     stream,
@@ -53,7 +54,7 @@ LOG_MEL_MEAN, LOG_MEL_STD = 4.992855, 1.053888
 LOG_MEL_FLOOR = 1.0
 
 
-class Digits:
+class Digits(TensorSource):
     """The 1,797 digits.
 
     Splits are fixed: stratified 70/10/20 by `stratified_splits` with seed 2025, whatever
@@ -72,9 +73,16 @@ class Digits:
     version: ClassVar[int] = 1
     modalities: ClassVar[tuple[Modality, ...]] = (
         Modality(name="image", kind="image", shape=(1, 8, 8), dtype="float32"),
-        Modality(name="audio", kind="audio", shape=(1, NUM_MELS, NUM_FRAMES), dtype="float32"),
+        Modality(
+            name="audio",
+            kind="audio",
+            shape=(1, NUM_MELS, NUM_FRAMES),
+            dtype="float32",
+            time_axis=-1,
+        ),
     )
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
+    split_rule: ClassVar[str] = f"stratified 70/10/20, seed {SPLIT_SEED}"
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config

@@ -132,7 +132,7 @@ def stream_epoch(reader: ShardReader, window_mib: int) -> None:
     rows = 0
     for table in train_stream(reader, order, rank=0, world_size=1, epochs=range(1)):
         rows += table.num_rows
-        for array in columns(table, reader.manifest).values():
+        for array in columns(table, reader.manifest, "train").values():
             array.reshape(-1).view(np.int64).sum()
     assert rows == order.num_rows, (rows, order.num_rows)
 

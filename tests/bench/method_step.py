@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from service.tracking import git_commit  # noqa: E402
 from training.batch import Batch, Progress  # noqa: E402
-from training.encoders import ModelConfig, build_model  # noqa: E402
+from training.encoders import ModalitySpec, ModelConfig, build_model  # noqa: E402
 from training.methods import MidasConfig, build_method  # noqa: E402
 from training.optim import OptimConfig, build_optimizer  # noqa: E402
 
@@ -42,7 +42,7 @@ class Stepper:
         image, audio = (tuple(rows.shape[1:]) for rows in batch.inputs.values())
         model = build_model(
             ModelConfig.model_validate({"encoders": kinds}),
-            [("image", "image", image), ("audio", "audio", audio)],
+            [ModalitySpec("image", "image", image), ModalitySpec("audio", "audio", audio)],
             NUM_CLASSES,
             seed=0,
         )

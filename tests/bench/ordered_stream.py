@@ -67,7 +67,9 @@ class ZeroCopyCollate(ArrowBatchCollateFn):
 
 
 def tensors(table: pa.Table, manifest: Manifest) -> Tensors:
-    return {name: torch.from_numpy(array) for name, array in columns(table, manifest).items()}
+    return {
+        name: torch.from_numpy(array) for name, array in columns(table, manifest, "train").items()
+    }
 
 
 def ordered_batches(reader: ShardReader, order: Order) -> Iterator[Tensors]:
@@ -133,7 +135,8 @@ def run(files: int, window_mib: int, rounds: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         reader = write_shards(Path(folder), files)
         order = make_order(reader, window_mib)
-        ahead = TABLES_AHEAD * order.window_rows(0, range(order.lanes)) * reader.manifest.row_nbytes
+        row_nbytes = reader.manifest.row_nbytes("train")
+        ahead = TABLES_AHEAD * order.window_rows(0, range(order.lanes)) * row_nbytes
         sides = {
             "ordered": lambda: ordered_batches(reader, order),
             "plain": lambda: plain_batches(reader, ahead),

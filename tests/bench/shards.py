@@ -25,18 +25,19 @@ def write_shards(folder: Path, num_files: int) -> ShardReader:
     """Write files of 1,024 rows of 37,888 bytes; every row group has the same random tensors."""
     rng = np.random.default_rng(0)
     tensors = {
-        m.name: rng.integers(0, 100, size=(GROUP_ROWS, m.nbytes), dtype=np.uint8)
+        m.name: rng.integers(0, 100, size=(GROUP_ROWS, m.nbytes("train")), dtype=np.uint8)
         for m in MODALITIES
     }
     manifest = Manifest(
         name="synthetic",
         source={},
+        split_rule="",
         modalities=MODALITIES,
         classes=CLASSES,
         splits={},
         class_counts={},
     )
-    schema = manifest.arrow_schema()
+    schema = manifest.arrow_schema("train")
     shards = tuple(_write_shard(folder, index, tensors, schema) for index in range(num_files))
     manifest = manifest.model_copy(update={"splits": {"train": shards}})
     return ShardReader(str(folder), manifest, "train")
@@ -44,7 +45,7 @@ def write_shards(folder: Path, num_files: int) -> ShardReader:
 
 def make_order(reader: ShardReader, window_mib: int) -> Order:
     """The training order, with windows of the size `train.shuffle_window_mib` gives."""
-    window_rows = (window_mib << 20) // reader.manifest.row_nbytes
+    window_rows = (window_mib << 20) // reader.manifest.row_nbytes("train")
     window_batches = max(1, window_rows // GLOBAL_BATCH_SIZE)
     return Order(reader.group_rows, GLOBAL_BATCH_SIZE, LANES, window_batches, seed=0)
 
@@ -73,6 +74,7 @@ def _group(sample_id: np.ndarray, tensors: dict[str, np.ndarray], schema: pa.Sch
         pa.array(sample_id),
         pa.array(sample_id % len(CLASSES)),
         pa.array([str(number) for number in sample_id]),
+        pa.array([""] * len(sample_id)),
         *(
             pa.FixedSizeBinaryArray.from_buffers(
                 pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)]

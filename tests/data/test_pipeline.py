@@ -11,7 +11,7 @@ from ray.data import DataContext
 from ray.experimental import get_local_object_locations
 
 from data import pipeline
-from data.order import Order, Read, chunk_reads
+from data.order import Order, chunk_reads
 from data.pipeline import (
     CONCURRENT_READS,
     TABLES_AHEAD,
@@ -53,8 +53,10 @@ def make_order(reader: ShardReader) -> Order:
     return Order(reader.group_rows, 64, 8, 6, seed=3)
 
 
-def whole(reader: ShardReader) -> list[Read]:
-    return chunk_reads(reader.group_rows, 0, reader.manifest.rows(reader.split))
+def whole(reader: ShardReader) -> pa.Table:
+    """All rows in the order of the shards."""
+    rows = reader.manifest.rows(reader.split)
+    return reader.gather(chunk_reads(reader.group_rows, 0, rows), np.arange(rows))
 
 
 def plan_rows(order: Order, epoch: int) -> np.ndarray:
@@ -70,7 +72,7 @@ def plan_rows(order: Order, epoch: int) -> np.ndarray:
 
 def test_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
     order = make_order(reader)
-    stored = ids(reader.read(whole(reader)))
+    stored = ids(whole(reader))
     planned = [stored[i] for epoch in range(2) for i in plan_rows(order, epoch)]
     alone = list(train_stream(reader, order, rank=0, world_size=1, epochs=range(2)))
     assert len(alone) == 2 * order.num_steps
@@ -99,7 +101,7 @@ def test_long_plans_run_as_several_executions(reader: ShardReader, monkeypatch: 
 
 
 def test_resampled_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
-    stored = reader.read(whole(reader))
+    stored = whole(reader)
     every_id = stored.column("sample_id").to_numpy()
     rng = np.random.default_rng(0)
     sample_id = np.concatenate([rng.choice(every_id, 700), rng.choice(every_id[:40], 200)])
@@ -124,7 +126,9 @@ def test_resampled_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
         assert Counter(pairs(table)) == Counter(zip(sample_id.tolist(), keep.tolist(), strict=True))
         plan = plan_rows(order, epoch)
         assert table.drop_columns(["keep", "lane"]).equals(stored.take(pa.array(rows[plan])))
-        assert columns(table, reader.manifest)["keep"].tolist() == entries.keep[plan].tolist()
+        assert (
+            columns(table, reader.manifest, "train")["keep"].tolist() == entries.keep[plan].tolist()
+        )
 
 
 def test_entries_do_not_depend_on_the_order_of_the_samples(reader: ShardReader):
@@ -156,8 +160,8 @@ def test_evaluation_has_every_row_once_in_fixed_chunks(reader: ShardReader, worl
             reader, chunk_rows=64, rank=rank, world_size=world_size, task_rows=200
         )
     ]
-    assert [i for part in parts for i in ids(part)] == ids(reader.read(whole(reader)))
-    chunks = [columns(part, reader.manifest)["lane"] for part in parts]
+    assert [i for part in parts for i in ids(part)] == ids(whole(reader))
+    chunks = [columns(part, reader.manifest, "train")["lane"] for part in parts]
     assert [set(lane.tolist()) for lane in chunks] == [{i} for i in range(len(parts))]
     assert all(len(lane) == 64 for lane in chunks[:-1])
 
@@ -167,7 +171,7 @@ def test_a_task_makes_one_block_whatever_its_size(
 ):
     order = Order(reader.group_rows, 64, 8, 1000, seed=3)
     assert order.num_windows == 1
-    row_nbytes = reader.manifest.row_nbytes
+    row_nbytes = reader.manifest.row_nbytes("train")
     target = order.num_rows * row_nbytes // 3
     monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", target)
     items = [(range(8), epoch, 0) for epoch in range(3)]
@@ -186,9 +190,9 @@ class Worker:
 def test_evaluation_runs_while_training_is_paused_and_no_cpu_is_free(
     reader: ShardReader, monkeypatch: pytest.MonkeyPatch
 ):
-    small = 20 * reader.manifest.row_nbytes
+    small = 20 * reader.manifest.row_nbytes("train")
     monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", small)
-    worker = Worker.remote()
+    worker = Worker.remote()  # pyright: ignore[reportFunctionMemberAccess]
     ray.get(worker.ready.remote())
     order = make_order(reader)
     training = train_stream(reader, order, rank=0, world_size=1, epochs=range(5))
@@ -222,6 +226,7 @@ def test_tasks_of_a_large_set_are_small(reader: ShardReader):
     manifest = Manifest(
         name="large",
         source={},
+        split_rule="",
         modalities=(Modality(name="x", kind="vector", shape=(3,), dtype="float32"),),
         classes=("a", "b"),
         splits={"train": shards, "val": (), "test": ()},
@@ -239,7 +244,7 @@ def test_tasks_of_a_large_set_are_small(reader: ShardReader):
 def test_columns_are_views_with_the_right_values(reader: ShardReader):
     table = next(eval_stream(reader, chunk_rows=64, rank=0, world_size=1, task_rows=64))
     for piece in (table, table.slice(5, 7)):
-        arrays = columns(piece, reader.manifest)
+        arrays = columns(piece, reader.manifest, "train")
         for modality in reader.manifest.modalities:
             array = arrays[modality.name]
             assert array.shape == (piece.num_rows, *modality.shape)
@@ -248,7 +253,7 @@ def test_columns_are_views_with_the_right_values(reader: ShardReader):
 
 
 def test_cut_joins_and_splits(reader: ShardReader):
-    table = reader.read(whole(reader))
+    table = whole(reader)
     pieces = [table.slice(0, 10), table.slice(10, 3), table.slice(13, 20)]
     assert [ids(t) for t in cut(pieces, iter([12, 2, 19]))] == [
         ids(table.slice(0, 12)),

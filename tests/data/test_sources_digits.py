@@ -129,7 +129,7 @@ def test_resample_keeps_a_sine() -> None:
         (DataConfig(noise={"video": 1.0}), r"'video'.*no modality of digits; use one of image, a"),
         (DataConfig(noise={"audio": -1.0}), r"\['audio'\]=-1\.0.*modalities of digits: image, a"),
         (DataConfig(noise={"audio": float("nan")}), "not a finite number"),
-        (DataConfig(split="unseen_speakers"), "has no effect on digits; only avdigits"),
+        (DataConfig(split="unseen_speakers"), "unseen_speakers does not exist for digits; use off"),
         (DataConfig(root="somewhere"), r"data\.root='somewhere' has no effect on digits"),
     ],
 )

@@ -109,13 +109,28 @@ def test_help_of_a_preset_shows_its_values():
 def test_a_missing_preset_is_asked_for(verb: str):
     done = midas(verb)
     assert done.code == 1
-    assert f"midas {verb} needs a preset (avdigits, digits, rosmap) or a YAML file" in done.err
+    assert f"midas {verb} needs a preset (avdigits, avmnist, brca, cremad, digits" in done.err
 
 
 def test_an_unknown_preset_names_the_nearest():
     done = midas("train", "digit")
     assert done.code == 1
     assert "there is no preset 'digit' (did you mean digits?)" in done.err
+
+
+def test_the_preset_is_the_first_word_whatever_settings_follow():
+    first = cli._with_preset(["train", "--json", "digits", "--optim.lr", "1"])
+    assert first == ["train", "digits", "--json", "--optim.lr", "1"]
+    assert cli._with_preset(["train", "--data.name", "digits"])[1] == ""
+    tabled = cli._with_preset(["prepare", "--manifest", "t.csv", "--data.label-column", "course"])
+    assert tabled[:3] == ["prepare", "table", "--manifest"]
+    assert cli._with_preset(["verify", "--steps", "1:2"]) == ["verify", "--steps", "1:2"]
+
+
+def test_a_setting_of_a_new_entry_has_a_flag(tmp_path: Path):
+    changed = ("--augment.audio.time-mask", "3", "--model.encoders.audio.width", "8")
+    plain, other = (midas(*DRY, *more, "--storage", tmp_path).json for more in ((), changed))
+    assert other["parameters"] < plain["parameters"]
 
 
 @pytest.mark.parametrize(

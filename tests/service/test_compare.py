@@ -1,11 +1,14 @@
 """`midas compare` without training: its configs and its statistics."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
-from service.compare import summarize, variants
+from service.compare import compare_runs, summarize, variants
 from service.config import ConfigError, RunConfig, load_preset
+from service.console import Console
 
 
 def test_variants_are_methods_times_seeds():
@@ -74,3 +77,26 @@ def test_one_seed_has_no_spread():
 def test_a_metric_that_some_runs_lack_is_left_out():
     summary = summarize([result("joint", 0.5, **{"test/f1_macro": 0.4}), result("joint", 0.7)])
     assert set(summary) == {"joint/test/accuracy/mean", "joint/test/accuracy/std"}
+
+
+def finish(storage: Path, name: str, digest: str, split: str, accuracy: float = 0.5) -> None:
+    """Write the result of a finished run."""
+    more = {"name": name, "data_digest": digest, "split": split}
+    (storage / name).mkdir()
+    (storage / name / "result.json").write_text(json.dumps(result("midas", accuracy, **more)))
+
+
+def test_finished_runs_are_compared_by_method(tmp_path: Path):
+    for name, accuracy in (("a", 0.5), ("b", 0.7)):
+        finish(tmp_path, name, "d" * 64, "official", accuracy)
+    found = compare_runs(["a", "b"], str(tmp_path), Console(json_mode=True))
+    assert found["midas/test/accuracy/mean"] == pytest.approx(0.6)
+    assert (found["runs"], found["split"]) == (2, "official")
+
+
+def test_runs_over_different_splits_are_not_compared(tmp_path: Path):
+    finish(tmp_path, "a", "d" * 64, "official")
+    finish(tmp_path, "b", "e" * 64, "grouped, seed 2")
+    message = r"run b \(split grouped, seed 2, data e{12}\) cannot be compared with a \(split offi"
+    with pytest.raises(ConfigError, match=message):
+        compare_runs(["a", "b"], str(tmp_path), Console(json_mode=True))

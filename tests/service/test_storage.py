@@ -136,7 +136,7 @@ def test_a_relative_path_is_below_the_working_folder(
 
 
 def test_an_unknown_scheme_is_said_with_the_remedy():
-    message = r"checkpoint\.storage=s4://b/run cannot be used: Protocol not known: s4; give a fold"
+    message = r"s4://b/run cannot be used: Protocol not known: s4; give a fold"
     with pytest.raises(ValueError, match=message):
         file_system("s4://b/run")
 

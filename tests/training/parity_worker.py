@@ -10,7 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.training.toys import START, random_batch, tiny_method, vector_batch, vector_midas
+from tests.training.toys import (
+    START,
+    random_batch,
+    tiny_method,
+    vector_batch,
+    vector_midas,
+    with_missing,
+)
 from training.batch import Batch
 from training.batchnorm import SyncBatchNorm
 from training.distributed import gather_rows, rank, reduce_sums, row_counts, world_size
@@ -38,11 +45,22 @@ CASES: dict[str, dict[str, Any]] = {
         "num_modalities": 3,
     },
     "midas_batchnorm": {"name": "midas", "batchnorm": True},
+    "ogm_ge_missing": {"name": "ogm_ge", "missing": True},
+    "midas_missing": {"name": "midas", "missing": True, "batchnorm": True},
+    "midas_groups_missing": {
+        "name": "midas",
+        "missing": True,
+        "pair_groups": 2,
+        "variant": "official_code",
+    },
 }
 
 
-def global_batches(num_modalities: int) -> list[Batch]:
-    """Five batches: even; rank 0 with one class only; one class only; two uneven ones."""
+def global_batches(num_modalities: int, missing: bool) -> list[Batch]:
+    """Five batches: even; rank 0 with one class only; one class only; two uneven ones.
+
+    With `missing`, a third of the inputs is absent, and rank 0 has no m0 at all in the second.
+    """
     even, one_class, equal, *uneven = (
         random_batch(seed, rows, num_modalities, NUM_LANES, torch.float64)
         for seed, rows in enumerate((12, 12, 12, 7, 9))
@@ -53,7 +71,13 @@ def global_batches(num_modalities: int) -> list[Batch]:
     uneven = [
         replace(batch, lane=torch.tensor(lane)) for batch, lane in zip(uneven, lanes, strict=True)
     ]
-    return [even, one_class, equal, *uneven]
+    batches = [even, one_class, equal, *uneven]
+    if not missing:
+        return batches
+    batches = [with_missing(batch, seed) for seed, batch in enumerate(batches)]
+    assert batches[1].present is not None
+    batches[1].present[batches[1].lane < 2, 0] = False
+    return batches
 
 
 def own_part(batch: Batch) -> Batch:
@@ -65,6 +89,7 @@ def own_part(batch: Batch) -> Batch:
         label=batch.label[mine],
         sample_id=batch.sample_id[mine],
         lane=batch.lane[mine],
+        present=None if batch.present is None else batch.present[mine],
     )
 
 
@@ -72,7 +97,7 @@ def wrap(method: Method) -> nn.Module:
     return DistributedDataParallel(method) if world_size() > 1 else method
 
 
-def train(name: str, num_modalities: int = 2, **midas) -> dict[str, Any]:
+def train(name: str, num_modalities: int = 2, missing: bool = False, **midas) -> dict[str, Any]:
     """State before and after 20 steps, metrics of the epochs, alpha after every epoch."""
     method = tiny_method(name, num_modalities, warmup_epochs=WARMUP_EPOCHS, **midas).double()
     before = {key: value.clone() for key, value in method.state_dict().items()}
@@ -80,7 +105,7 @@ def train(name: str, num_modalities: int = 2, **midas) -> dict[str, Any]:
     metrics, steps = [], []
 
     def batches(epoch: int) -> Iterator[Batch]:
-        return iter([own_part(batch) for batch in global_batches(num_modalities)])
+        return iter([own_part(batch) for batch in global_batches(num_modalities, missing)])
 
     fit(
         method,

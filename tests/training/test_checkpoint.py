@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from training import checkpoint as checkpoints
 from training.batch import Batch, Progress, StepOutput
 from training.checkpoint import CheckpointError, pack
-from training.encoders import EncoderConfig, ModelConfig, build_model
+from training.encoders import EncoderConfig, ModalitySpec, ModelConfig, build_model
 from training.loop import Position
 from training.methods.base import Method, Resampling
 from training.optim import OptimConfig, build_optimizer, build_schedule
 
-MODALITIES = [("image", "image", (1, 8, 8)), ("text", "vector", (3,))]
+MODALITIES = [ModalitySpec("image", "image", (1, 8, 8)), ModalitySpec("text", "vector", (3,))]
 
 
 class Stateful(Method):

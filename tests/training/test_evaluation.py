@@ -1,6 +1,7 @@
 """Evaluation against scikit-learn and slow, written-out formulas; any split over ranks is equal."""
 
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -247,10 +248,13 @@ def test_shapley_is_skipped_above_six_modalities():
 
 @pytest.mark.parametrize("num_classes", [2, 7])
 @pytest.mark.parametrize("first_rank", [[0, 2, 4], [3], [4, 1, 0, 2], [0, 1, 2, 3, 4], []])
-def test_two_ranks_equal_one(num_classes, first_rank):
+@pytest.mark.parametrize("missing", [False, True])
+def test_two_ranks_equal_one(num_classes, first_rank, missing):
     """Sums of two simulated ranks, added, give the metrics of one process."""
     inputs, label = split_of(280, num_classes)
     method, chunks = method_of(Joint, num_classes), chunks_of(inputs, label)
+    if missing:
+        chunks = with_present(chunks, missing_of(280, 2))
     parts = [first_rank, [chunk for chunk in range(5) if chunk not in first_rank]]
     kept = evaluated_subsets(("a", "b"), True)
     with torch.no_grad():
@@ -262,7 +266,7 @@ def test_two_ranks_equal_one(num_classes, first_rank):
     found = compute_metrics(sums, ("a", "b"), kept)
     if num_classes == 2:
         found["auroc"] = binary_auroc(torch.cat([scores for _, scores in ranks]))
-    expected = run(method, inputs, label, subsets=True)
+    expected = evaluate(method, chunks, seed=5, subsets=True, device="cpu")
     assert found == pytest.approx(expected, rel=1e-12)
     assert list(ranks[0][0]) == list(ranks[1][0])
 
@@ -310,3 +314,76 @@ def test_lost_chunk_is_noticed():
     chunks = chunks_of(*split_of(150, 3))
     with pytest.raises(AssertionError, match="86 rows in 2 chunks"):
         evaluate(method_of(Sum, 3), chunks[1:], seed=0, subsets=False, device="cpu")
+
+
+def missing_of(rows: int, modalities: int) -> Tensor:
+    """(rows, M) bool: a third is absent, and the first rows lack all but one in turn."""
+    generator = torch.Generator().manual_seed(3)
+    present = torch.rand(rows, modalities, generator=generator) > 1 / 3
+    present[:modalities] = torch.eye(modalities, dtype=torch.bool)
+    return present
+
+
+def with_present(chunks: list[Batch], present: Tensor) -> list[Batch]:
+    return [replace(chunk, present=present[chunk.sample_id]) for chunk in chunks]
+
+
+def test_metrics_of_a_modality_are_over_the_rows_that_have_it():
+    """Fused ones and Shapley values are over all rows, with zeros for absent features."""
+    method, present = method_of(Joint, 4), missing_of(150, 2)
+    inputs, label = split_of(150, 4)
+    chunks = with_present(chunks_of(inputs, label), present)
+    found = evaluate(method, chunks, seed=5, subsets=True, device="cpu")
+    zeroed = {m: inputs[m] * present[:, i, None] for i, m in enumerate("ab")}
+    with torch.no_grad():
+        predictions = method.predict(zeroed)
+        alone = {m: method.predict(keep_only(zeroed, (m,)))["fused"].argmax(1) for m in "ab"}
+        nothing = method.predict(keep_only(zeroed, ()))["fused"].argmax(1)
+    expected = {"accuracy": sk.accuracy_score(label, predictions["fused"].argmax(1))}
+    for i, m in enumerate("ab"):
+        here = present[:, i]
+        head = predictions[m].argmax(1)[here]
+        expected[f"head_accuracy/{m}"] = sk.accuracy_score(label[here], head)
+        expected[f"zero_out_accuracy/{m}"] = sk.accuracy_score(label[here], alone[m][here])
+        expected[f"missing/{m}"] = int((~here).sum())
+    value = {m: sk.accuracy_score(label, alone[m]) for m in "ab"}
+    value[""] = sk.accuracy_score(label, nothing)
+    expected["shapley/a"] = (value["a"] - value[""] + expected["accuracy"] - value["b"]) / 2
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_misaligned_samples_take_only_what_their_sources_have():
+    """The same as leaving the others out of the row-by-row formula."""
+    inputs, label = split_of(40, 4)
+    generator = Progress(seed=5, epoch=0, step=0, num_epochs=0).generator("misaligned evaluation")
+    permutation = torch.randperm(40, generator=generator)
+    present = missing_of(40, 2)
+    chunks = with_present(chunks_of(inputs, label), present)
+    found = evaluate(method_of(Sum, 4), chunks, seed=5, subsets=False, device="cpu")
+    counted = hits = 0
+    for position in range(40):
+        first, second = permutation[position], permutation[(position + 1) % 40]
+        if label[first] == label[second] or not (present[first, 0] and present[second, 1]):
+            continue
+        top = (inputs["a"][first] + inputs["b"][second]).topk(2).indices
+        counted += 1
+        hits += set(top.tolist()) == {int(label[first]), int(label[second])}
+    assert 5 < counted < 30
+    assert found["misaligned_top2"] == pytest.approx(hits / counted, rel=1e-12)
+
+
+def test_a_complete_mask_changes_nothing():
+    inputs, label = split_of(100, 3)
+    chunks = with_present(chunks_of(inputs, label), torch.ones(100, 2, dtype=torch.bool))
+    found = evaluate(method_of(Sum, 3), chunks, seed=5, subsets=False, device="cpu")
+    assert found == run(method_of(Sum, 3), inputs, label)
+
+
+def test_a_modality_that_no_row_has_has_no_accuracy():
+    inputs, label = split_of(20, 3)
+    present = torch.tensor([[True, False]]).expand(20, 2)
+    chunks = with_present(chunks_of(inputs, label), present)
+    found = evaluate(method_of(Sum, 3), chunks, seed=5, subsets=False, device="cpu")
+    assert found["missing/b"] == 20
+    assert "missing/a" not in found
+    assert math.isnan(found["head_accuracy/b"])

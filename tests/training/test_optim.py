@@ -6,14 +6,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from training.encoders import ModelConfig, build_model
+from training.encoders import ModalitySpec, ModelConfig, build_model
 from training.methods.base import Method
 from training.optim import OptimConfig, build_optimizer, build_schedule
 
 
 @pytest.fixture
 def method() -> Method:
-    return Method(build_model(ModelConfig(), [("text", "vector", (3,))], 2, seed=0))
+    return Method(build_model(ModelConfig(), [ModalitySpec("text", "vector", (3,))], 2, seed=0))
 
 
 class TwoRates(Method):

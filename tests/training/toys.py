@@ -1,5 +1,7 @@
 """Tiny models and batches for the method tests."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +79,30 @@ def random_batch(
         for i in range(num_modalities)
     }
     return make_batch(inputs, label, torch.arange(num_rows) * num_lanes // num_rows, num_lanes)
+
+
+def with_missing(batch: Batch, seed: int = 0, share: float = 0.3) -> Batch:
+    """The batch with each input absent by this chance; what stands there means nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    present = torch.rand(len(batch.label), len(batch.inputs), generator=generator) >= share
+    inputs = {
+        name: torch.where(present[:, m, None], value, 7.0)
+        for m, (name, value) in enumerate(batch.inputs.items())
+    }
+    return replace(batch, inputs=inputs, present=present)
+
+
+def select_rows(batch: Batch, rows: Tensor) -> Batch:
+    """A whole global batch of these rows, (B,) bool."""
+    return replace(
+        batch,
+        inputs={name: value[rows] for name, value in batch.inputs.items()},
+        label=batch.label[rows],
+        sample_id=batch.sample_id[rows],
+        lane=batch.lane[rows],
+        present=None if batch.present is None else batch.present[rows],
+        global_rows=int(rows.sum()),
+    )
 
 
 class Features(nn.Identity):

@@ -29,6 +29,8 @@ from training.batch import Batch, Progress, StepOutput
 from training.distributed import reduce_sums, world_size
 from training.model import MultimodalModel
 
+IGNORED_LABEL = -100  # rows with it add nothing to torch's cross-entropy
+
 
 class NonFiniteError(RuntimeError):
     """Loss or gradient is not finite; raised on every rank before the optimizer moves."""
@@ -153,6 +155,22 @@ def wide(value: Tensor) -> Tensor:
 def cross_entropy_sum(logits_BC: Tensor, label_B: Tensor) -> Tensor:
     """Cross-entropy summed over rows, (), in at least float32."""
     return functional.cross_entropy(wide(logits_BC), label_B, reduction="sum")
+
+
+def unimodal_losses(logits: dict[str, Tensor], batch: Batch) -> list[Tensor]:
+    """Cross-entropy of every unimodal head, (), summed over the rows that have the modality.
+
+    Methods divide it by all rows of the global batch: an absent modality adds nothing, a present
+    one weighs the same in every batch, and no counts are exchanged.
+
+    Args:
+        logits: modality -> (B, C), in the order of the model.
+        batch: labels, and which rows have what.
+    """
+    if batch.present is None:
+        return [cross_entropy_sum(z, batch.label) for z in logits.values()]
+    labels_BM = batch.label[:, None].where(batch.present, IGNORED_LABEL)
+    return [cross_entropy_sum(z, labels_BM[:, m]) for m, z in enumerate(logits.values())]
 
 
 def step_output(loss: Tensor, batch: Batch, **sums: Tensor) -> StepOutput:

@@ -3,7 +3,13 @@
 from torch import Tensor
 
 from training.batch import Batch, Progress, StepOutput
-from training.methods.base import Method, cross_entropy_sum, global_mean, step_output
+from training.methods.base import (
+    Method,
+    cross_entropy_sum,
+    global_mean,
+    step_output,
+    unimodal_losses,
+)
 from training.model import MultimodalModel
 
 
@@ -16,7 +22,7 @@ class Joint(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Cross-entropy of the fusion head."""
-        fused = self.model.fuse(self.model.encode(batch.inputs))
+        fused = self.model.fuse(self.model.encode(batch.inputs, batch.present))
         loss = global_mean(cross_entropy_sum(fused, batch.label), batch.global_rows)
         return step_output(loss, batch)
 
@@ -30,10 +36,10 @@ class JointUni(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Cross-entropies of the fusion head and of all unimodal heads."""
-        features = self.model.encode(batch.inputs)
+        features = self.model.encode(batch.inputs, batch.present)
         align = cross_entropy_sum(self.model.fuse(features), batch.label)
-        logits = self.model.unimodal_logits(features).values()
-        uni = sum((cross_entropy_sum(z, batch.label) for z in logits), start=align.new_zeros(()))
+        logits = self.model.unimodal_logits(features)
+        uni = sum(unimodal_losses(logits, batch), start=align.new_zeros(()))
         loss = global_mean(align + uni, batch.global_rows)
         return step_output(loss, batch, loss_align=align, loss_uni=uni)
 
@@ -42,7 +48,7 @@ class JointUni(Method):
         return {"fused": self.model.fuse(features), **self.model.unimodal_logits(features)}
 
     def epoch_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Mean of each loss term."""
+        """Mean of each loss term over all rows."""
         return {
             f"train/{name}": float(sums[name] / sums["rows"]) for name in ("loss_align", "loss_uni")
         }

@@ -17,6 +17,7 @@ Differences from the paper and the authors' code, on purpose:
 - Partners always carry another label (text of the paper; the published Algorithm 1 and the code
   shuffle). Rows without such a partner are left out of the loss and of the alpha statistics.
 - M > 2: the M cyclic shifts of one random permutation per row, partners distinct where possible.
+- Rows that lack a modality take no part in pairs and in the alpha statistics.
 - `similarity="l2"` and `pairing="confusion"` are named but not defined in the paper; see methods.md
   2.9 for the reading taken here.
 
@@ -33,7 +34,13 @@ from torch import Tensor
 
 from training.batch import Batch, Progress, StepOutput
 from training.distributed import rank, reduce_sums
-from training.methods.base import Method, cross_entropy_sum, global_mean, step_output
+from training.methods.base import (
+    Method,
+    cross_entropy_sum,
+    global_mean,
+    step_output,
+    unimodal_losses,
+)
 from training.methods.misalign import (
     AlphaFlip,
     Similarity,
@@ -195,9 +202,9 @@ class Midas(Method):
         """Warm-up: L_uni. Main phase: L_align + L_uni + lambda * L_mis (2.2 item 7)."""
         is_main = self.is_main_phase(progress.epoch)
         drawn = self._draw(batch, progress) if is_main else None  # first, for it waits for the GPU
-        features = self.model.encode(batch.inputs)
+        features = self.model.encode(batch.inputs, batch.present)
         logits = self.model.unimodal_logits(features)
-        uni = torch.stack([cross_entropy_sum(z, batch.label) for z in logits.values()])
+        uni = torch.stack(unimodal_losses(logits, batch))
         uni = uni.sum() if self.config.uni_reduction == "sum" else uni.mean()
         if drawn is None:
             return step_output(global_mean(uni, batch.global_rows), batch, loss_uni=uni)
@@ -250,7 +257,12 @@ class Midas(Method):
             hard_SR = torch.ones_like(hard_SR)
 
         stats = statistics(
-            confidence_RM, share_SRM, log_probability_SRM, similarity_SR, pairs.valid_R
+            confidence_RM,
+            share_SRM,
+            log_probability_SRM,
+            similarity_SR,
+            pairs.valid_R,
+            batch.complete,
         )
         alpha_M = self.alpha
         if self.config.alpha_flip == "carry":

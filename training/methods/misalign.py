@@ -112,13 +112,15 @@ def statistics(
     log_probability_SRM: Tensor,
     similarity_SR: Tensor,
     valid_R: Tensor,
+    complete_R: Tensor,
 ) -> dict[str, Tensor]:
-    """This rank's sums behind alpha and the diagnostics, over valid rows, in float64."""
+    """This rank's sums behind alpha and the diagnostics, in float64: over valid rows, `raw_uni`
+    over the rows that have all modalities."""
     probability_SRM = log_probability_SRM.detach().exp().double()
     valid_R1 = valid_R[:, None].double()
     return {
         "n_valid": valid_R.double().sum(),
-        "raw_uni": confidence_RM.double().sum(dim=0),
+        "raw_uni": (confidence_RM.double() * complete_R[:, None]).sum(dim=0),
         "raw_multi": (probability_SRM * valid_R1).sum(dim=1),
         "conf_uni": (share_SRM.double() * valid_R1).sum(dim=(0, 1)),
         "conf_multi": (share(probability_SRM) * valid_R1).sum(dim=(0, 1)),

@@ -70,14 +70,18 @@ class OgmGe(Method):
         model.heads.requires_grad_(False)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        """Cross-entropy of the fusion head, and each modality's score s_m summed over rows."""
-        features = self.model.encode(batch.inputs)
+        """Cross-entropy of the fusion head, and each modality's score s_m summed over the rows that
+        have all modalities."""
+        features = self.model.encode(batch.inputs, batch.present)
         align = cross_entropy_sum(self.model.fuse(features), batch.label)
         with torch.no_grad():
             slices = self.model.slice_logits(features).values()
             probabilities = [wide(z).softmax(dim=1) for z in slices]
-            score_M = torch.stack([p.gather(1, batch.label[:, None]).sum() for p in probabilities])
-        return step_output(global_mean(align, batch.global_rows), batch, scores=score_M)
+            scores = [p.gather(1, batch.label[:, None]).squeeze(1) for p in probabilities]
+            complete_B = batch.complete
+            score_M = torch.stack([(score_B * complete_B).sum() for score_B in scores])
+        loss = global_mean(align, batch.global_rows)
+        return step_output(loss, batch, scores=score_M, complete=complete_B.sum())
 
     def after_backward(self, sums: dict[str, Tensor], progress: Progress) -> None:
         """g <- k_m g + xi, xi ~ N(0, std(g) + 1e-8), for every modulated gradient g."""
@@ -110,6 +114,6 @@ class OgmGe(Method):
     def epoch_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Mean score of each modality: the probability its slice gives to the label."""
         return {
-            f"ogm/score/{name}": float(sums["scores"][m] / sums["rows"])
+            f"ogm/score/{name}": float(sums["scores"][m] / sums["complete"].clamp_min(1))
             for m, name in enumerate(self.model.modalities)
         }

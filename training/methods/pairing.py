@@ -17,6 +17,8 @@ from training.distributed import gather_rows, rank, reduce_sums, row_counts, wor
 Pairing = Literal["mismatch", "permutation", "confusion"]
 Orders = Literal["cyclic"] | int
 
+UNPAIRED = -1
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -24,7 +26,8 @@ class Pool:
 
     Attributes:
         label_G: class ids.
-        group_G: pair group; partners belong to one group.
+        group_G: pair group; partners belong to one group. UNPAIRED for rows that lack a modality,
+            which neither give nor take.
         own_R: where this rank's rows are.
         counts: rows of every rank, or None if the pool is this rank's rows.
     """
@@ -70,6 +73,7 @@ class Pairs:
 def make_pool(batch: Batch, pair_groups: int) -> Pool:
     """Labels and pair groups of the pool; lanes are dealt to groups like they are to ranks."""
     group = batch.lane * pair_groups // batch.num_lanes
+    group = group.where(batch.complete, UNPAIRED)
     own_R = torch.arange(len(batch.label), device=batch.label.device)
     if pair_groups % world_size() == 0 and batch.num_lanes % world_size() == 0:
         return Pool(batch.label, group, own_R, counts=None)
@@ -84,9 +88,10 @@ def draw_uniforms(group_G: Tensor, width: int, progress: Progress) -> Tensor:
     Every group has its own CPU generator, so its numbers are the same on every rank and device,
     and depend on nothing outside the group.
     """
+    sizes = (group_G - UNPAIRED).bincount(minlength=1).tolist()
     parts = [
         torch.rand(size, width, generator=progress.generator("pair", group), dtype=torch.float64)
-        for group, size in enumerate(group_G.bincount(minlength=1).tolist())
+        for group, size in enumerate(sizes, start=UNPAIRED)
     ]
     uniform = torch.cat(parts).to(group_G.device)
     return torch.empty_like(uniform).index_copy_(0, group_G.argsort(stable=True), uniform)
@@ -151,6 +156,7 @@ def num_orders(orders: Orders) -> int:
 
 def make_pairs(pool: Pool, partner_RJ: Tensor, valid_G: Tensor, slot_SRM: Tensor) -> Pairs:
     """Sources and labels of all misaligned samples; a row without partner is its own source."""
+    valid_G = valid_G & (pool.group_G != UNPAIRED)
     valid_R = valid_G[pool.own_R]
     partner_RJ = torch.where(valid_R[:, None], partner_RJ, pool.own_R[:, None])
     source_SRM = source_rows(pool.own_R, partner_RJ, slot_SRM)

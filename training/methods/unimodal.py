@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from training.batch import Batch, Progress, StepOutput
-from training.methods.base import Method, cross_entropy_sum, global_mean, step_output, wide
+from training.methods.base import Method, global_mean, step_output, unimodal_losses, wide
 from training.model import MultimodalModel
 
 
 class Unimodal(Method):
     """L = sum_m CE(p^m, y): no parameter is shared, so each encoder trains as if it were alone.
 
-    The fusion head is frozen; the fused prediction is the mean of the unimodal probabilities.
+    The fusion head is frozen; the fused prediction is the mean of the unimodal probabilities, for a
+    modality that a row lacks those that its head gives to zero features.
     """
 
     def __init__(self, model: MultimodalModel):
@@ -20,8 +21,8 @@ class Unimodal(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Cross-entropies of the unimodal heads."""
-        logits = self.model.unimodal_logits(self.model.encode(batch.inputs))
-        losses = torch.stack([cross_entropy_sum(z, batch.label) for z in logits.values()])
+        logits = self.model.unimodal_logits(self.model.encode(batch.inputs, batch.present))
+        losses = torch.stack(unimodal_losses(logits, batch))
         loss = global_mean(losses.sum(), batch.global_rows)
         return step_output(loss, batch)
 
