@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torchaudio.transforms import MelSpectrogram
 
 WINDOW_SECONDS = 0.025
+MAX_RESAMPLING = 20_000_000  # filter taps, about 100 MB; 44,056 to 16,000 Hz needs half of it
 
 
 @lru_cache(maxsize=8)
@@ -129,11 +130,17 @@ def fbank(
 def resample(waveform: np.ndarray, sample_rate: int, target_rate: int) -> np.ndarray:
     """Band-limited resampling (sinc with a Hann window) of a mono clip (T,), float32.
 
+    Raises:
+        ValueError: the rates have so small a common divisor that the filters need gigabytes.
+
     Returns:
         float32 (ceil(T * target_rate / sample_rate),); the clip itself when the rates are equal.
     """
     if sample_rate == target_rate:
         return waveform
+    common = math.gcd(sample_rate, target_rate)
+    if (sample_rate // common) * (target_rate // common) > MAX_RESAMPLING:
+        raise ValueError(f"{sample_rate} Hz cannot be resampled to {target_rate} Hz exactly")
     import torch
     from torchaudio.functional import resample as torch_resample
 

@@ -127,7 +127,8 @@ def _sound(adapter: Adapter) -> tuple[list[RawSample], list[Rejection]]:
     for sample in adapter.samples():
         reason = _objection(sample, seen, adapter.classes)
         if reason is not None:
-            rejected.append(Rejection(sample.key, sample.split, reason))
+            key = sample.key.encode(errors="backslashreplace").decode()
+            rejected.append(Rejection(key, sample.split, reason))
         elif isinstance(sample, RawSample):
             seen[sample.key] = sample.split
             samples.append(sample)

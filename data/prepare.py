@@ -36,12 +36,14 @@ from data.schema import (
 from data.shards import ShardOutcome, shard_nbytes, write_shard
 from data.sources import Item, Rejection, Source, build_source, check_settings, source_class
 from data.sources.base import Purpose, stream
+from data.sources.raw import Values
 
 logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.jsonl"
 AUDIT_NAME = "audit.json"
 CARD_NAMES = ("card.md", "card.html")
+TOKENIZER_PREFIX = "tokenizer-"
 PROGRESS_NAME = ".progress"
 PLAN_NAME = "plan"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -170,15 +172,17 @@ def prepare(
     start = time.monotonic()
     check_settings(config)
     folder = Folder.at(place)
-    if not folder.has(MANIFEST_NAME):
-        build_source(config)  # a wrong data.root must not leave an empty folder behind
+    # First, so that a wrong data.root leaves no empty folder behind.
+    source = None if folder.has(MANIFEST_NAME) else build_source(config)
     _make_folder(folder)
     with _lock(folder):
         reused = folder.has(MANIFEST_NAME)
         if reused:
             manifest, rejected = _check_existing(config, folder)
         else:
-            manifest, rejected = _make(config, folder, progress, cluster)
+            manifest, rejected = _make(
+                config, source or build_source(config), folder, progress, cluster
+            )
     written = sum(manifest.rows(split) for split in manifest.splits)
     seconds = time.monotonic() - start
     logger.info(
@@ -269,14 +273,17 @@ def _check_existing(config: DataConfig, folder: Folder) -> tuple[Manifest, list[
         )
     verify_shards(manifest, folder)
     folder.child(PROGRESS_NAME).remove_all()
-    lines = folder.read(REJECTED_NAME).decode().splitlines()
+    lines = folder.read(REJECTED_NAME).decode().split("\n")[:-1]  # keys may have U+2028
     return manifest, [Rejection(**json.loads(line)) for line in lines]
 
 
 def _make(
-    config: DataConfig, folder: Folder, progress: Report | None, cluster: Cluster | None
+    config: DataConfig,
+    source: Source,
+    folder: Folder,
+    progress: Report | None,
+    cluster: Cluster | None,
 ) -> tuple[Manifest, list[Rejection]]:
-    source = build_source(config)
     items = source.items()
     tally = _Tally(len(items) + len(source.rejected), config, progress)
     with _rejections_kept(folder, tally):
@@ -408,9 +415,16 @@ def _plan(config: DataConfig, draft: Manifest, items: list[Item]) -> list[Part]:
 
 def _plan_digest(config: DataConfig, draft: Manifest, items: list[Item]) -> str:
     """Hash of everything that must be as before if finished shards are to be kept."""
-    rows = [[item.sample_id, item.key, item.label, item.split, item.group] for item in items]
-    text = draft.to_json() + _canonical([_resolved_root(config), rows])
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(draft.to_json().encode())
+    digest.update(_canonical(_resolved_root(config)).encode())
+    for item in items:
+        row = [item.sample_id, item.key, item.label, item.split, item.group]
+        digest.update(_canonical(row).encode())
+        for name, medium in item.media.items():
+            numbers = isinstance(medium, Values)
+            digest.update(name.encode())
+            digest.update(medium.array.tobytes() if numbers else repr(medium).encode())
+    return digest.hexdigest()
 
 
 def _open_progress(folder: Folder, plan: str) -> None:
@@ -426,7 +440,8 @@ def _open_progress(folder: Folder, plan: str) -> None:
 def _clear(folder: Folder) -> None:
     """Remove everything an unfinished call left."""
     for name in folder.names():
-        if name.endswith((".parquet", ".parquet.tmp")) or name == REJECTED_NAME:
+        ours = name in (REJECTED_NAME, AUDIT_NAME, *CARD_NAMES) or name.startswith(TOKENIZER_PREFIX)
+        if ours or name.endswith((".parquet", ".parquet.tmp")):
             folder.remove(name)
     folder.child(PROGRESS_NAME).remove_all()
 

@@ -167,6 +167,8 @@ class Pictures:
         if self.modality.kind == "image":
             if not isinstance(media, Stills):
                 raise _wrong(media, "image")
+            if not media.paths:
+                raise RejectedSample("no picture is named")
             return self._still(media.paths[0], side)
         if isinstance(media, Stills):
             chosen = [media.paths[i] for i in self._chosen(len(media.paths), split)]

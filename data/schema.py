@@ -211,12 +211,18 @@ def load_manifest(place: str | Path | Folder) -> Manifest:
 
 
 def verify_shards(manifest: Manifest, place: str | Path | Folder) -> None:
-    """Compare size, SHA-256 and columns of every shard with the manifest.
+    """Compare size, SHA-256 and columns of every shard, and other files, with the manifest.
 
     Raises:
         DataError: a shard is missing, truncated, changed, or has other columns.
     """
     folder = Folder.at(place)
+    for name, sha256 in manifest.files.items():
+        if not folder.has(name) or folder.sha256(name) != sha256:
+            raise DataError(
+                f"{folder}/{name} is missing or changed; its SHA-256 must equal the manifest's; "
+                f"delete {folder} and run `midas prepare` again"
+            )
     for split, shards in manifest.splits.items():
         schema = manifest.arrow_schema(split)
         for shard in shards:

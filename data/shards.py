@@ -122,6 +122,8 @@ def _rows(
             if item.label not in labels:
                 known = ", ".join(draft.classes)
                 raise RejectedSample(f"label {item.label!r} is none of {known}")
+            if not item.key.isprintable():
+                raise RejectedSample("its key has characters that cannot be printed")
             arrays = source.load(item)
             row: Row = {
                 "sample_id": item.sample_id,
@@ -134,7 +136,8 @@ def _rows(
                 row["present"] = sum(1 << place for place, here in enumerate(present) if here)
             yield row | _tensor_bytes(arrays, draft.modalities, split)
         except RejectedSample as error:
-            rejected.append((item.key, str(error)))
+            key = item.key.encode(errors="backslashreplace").decode()  # it may not be UTF-8
+            rejected.append((key, str(error)))
         count(1)
 
 

@@ -192,8 +192,8 @@ def test_evaluation_runs_while_training_is_paused_and_no_cpu_is_free(
 ):
     small = 20 * reader.manifest.row_nbytes("train")
     monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", small)
-    worker = Worker.remote()  # pyright: ignore[reportFunctionMemberAccess]
-    ray.get(worker.ready.remote())
+    worker = Worker.remote()
+    ray.get(worker.ready.remote())  # pyright: ignore[reportFunctionMemberAccess]
     order = make_order(reader)
     training = train_stream(reader, order, rank=0, world_size=1, epochs=range(5))
     steps = [ids(next(training)) for _ in range(8)]
@@ -201,7 +201,7 @@ def test_evaluation_runs_while_training_is_paused_and_no_cpu_is_free(
     assert sum(chunk.num_rows for chunk in chunks) == order.num_rows
     steps += [ids(table) for table in training]
     assert len(steps) == 5 * order.num_steps
-    ray.kill(worker)
+    ray.kill(worker)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_paused_stream_does_not_read_on(reader: ShardReader, tmp_path_factory):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -812,3 +813,25 @@ def test_wrong_root_of_media_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         prepare(cremad_config(tmp_path / "nowhere"), tmp_path / "shards" / "out")
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_key_that_cannot_be_printed_is_rejected(toy: type[Toy], tmp_path: Path) -> None:
+    """As of a file whose name is not UTF-8; and line separators do not break `rejected.jsonl`."""
+    items = Toy.items
+
+    def renamed(self: Toy) -> list[Item]:
+        bad = {3: "caf\udce9", 5: "two\u2028lines"}
+        return [replace(item, key=bad.get(item.sample_id, item.key)) for item in items(self)]
+
+    toy.items = renamed
+    report = prepare(CONFIG, tmp_path)
+    assert {rejection.key for rejection in report.rejected} == {r"caf\udce9", "two\u2028lines"}
+    assert [r.key for r in prepare(CONFIG, tmp_path).rejected] == [r.key for r in report.rejected]
+
+
+def test_other_files_are_verified_too(toy: type[Toy], tmp_path: Path) -> None:
+    toy.files = {"notes.json": "{}"}
+    prepare(CONFIG, tmp_path)
+    (tmp_path / "notes.json").write_text("{ }")
+    with pytest.raises(DataError, match=r"notes\.json is missing or changed"):
+        prepare(CONFIG, tmp_path)

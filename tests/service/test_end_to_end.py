@@ -91,12 +91,13 @@ def test_stopped_run_is_killed_and_the_same_command_continues_it_exactly(
 ):
     command = [sys.executable, "-m", "service", "train", "digits", *SMALL, "--name", "halted"]
     history = storage / "halted" / "history.jsonl"
-    for rows, number in enumerate((signal.SIGTERM, signal.SIGINT), 1):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        rows = len(read_history(history))
         process = subprocess.Popen(
             [*command, "--storage", str(storage)], stderr=subprocess.PIPE, text=True
         )
         deadline = time.monotonic() + 120
-        while len(read_history(history)) < rows and time.monotonic() < deadline:
+        while len(read_history(history)) == rows and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)

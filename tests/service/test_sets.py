@@ -142,3 +142,19 @@ def test_a_table_of_recipes(cluster: dict[str, str], tmp_path: Path):
     assert (prepared["read"], prepared["rejected"]) == (115, 0)
     result = last_json(midas("train", *command, "--name", "r", storage=tmp_path, **cluster))
     assert 0 < result["test/loss"] < 10
+
+
+@needs_layouts
+def test_augmented_clips_are_the_same_after_a_kill(trees: Path, tmp_path: Path):
+    """Frames, crops and flips of a sample depend on the seed, the epoch and the sample only."""
+    flags = (*FLAGS["cremad"], "--data.root", str(trees / "clean" / "cremad"))
+    card = last_json(
+        midas(
+            *("train", "cremad", *flags, *EPOCHS, "--optim.epochs", "4", "--name", "k", "--json"),
+            *("--checkpoint.every-steps", "2", "--chaos", "kill:worker@step=3, kill:driver@step=6"),
+            storage=tmp_path,
+        )
+    )
+    assert card["chaos/recovered"] is True
+    assert card["chaos/final_weights_equal"] is True
+    assert card["chaos/loss_equal"] is True
