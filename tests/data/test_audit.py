@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import soundfile
 from PIL import Image
 
 from data.audit import Audit, audit, findings, summary_lines
@@ -15,7 +17,7 @@ from data.fingerprints import PictureFingerprints, comparable, shown_frames, wit
 from data.pictures import encode_jpeg
 from data.schema import Modality, Split
 from data.sources.mnist import read_images
-from data.twins import MAX_PARTNERS, SPLITS, Overlap, candidate_pairs
+from data.twins import MAX_PARTNERS, SPLITS, Overlap, Rows, _Collector, candidate_pairs
 from tests.data.prepared_sets import Row, smooth_picture, spectrogram, token_ids, write_set
 
 IMAGE = Modality(name="image", kind="image", shape=(3, 64, 64), dtype="uint8", scale=255.0)
@@ -212,17 +214,18 @@ def test_small_changes_are_seen_through(
 
 
 def test_larger_changes_are_not_copies(tmp_path: Path):
-    """A mirrored picture, a fifth of the words, and one per cent of the values are differences."""
+    """A mirrored picture, a tenth of the words, and one per cent of the values are differences."""
     rng = np.random.default_rng(3)
     modalities = [IMAGE, TEXT, VECTOR]
     train = unrelated_rows(modalities, rng, "train", 40)
+    words = (np.arange(80) % 10 == 5) & (np.arange(80) < 40)
     test = [
         Row(
             f"test-{i}",
             row.label,
             {
                 "image": np.ascontiguousarray(_array(row, "image")[..., ::-1]),
-                "text": np.where(np.arange(80) % 5 == 0, 8888, row.items["text"]).astype(np.int32),
+                "text": np.where(words, 8888, _array(row, "text")).astype(np.int32),
                 "omics": (_array(row, "omics") * 1.01).astype(np.float32),
             },
         )
@@ -343,15 +346,24 @@ def test_a_missing_modality_may_be_missing_on_both_sides_of_a_twin(tmp_path: Pat
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_blank_pictures_are_not_nearly_the_same(level: int, tmp_path: Path):
-    rng = np.random.default_rng(8)
-    pictures = [
-        (np.full(IMAGE.shape, level) + rng.integers(-2, 3, IMAGE.shape)).clip(0, 255)
-        for _ in range(20)
-    ]
-    rows = [Row(str(i), 0, {"image": p.astype(np.uint8)}) for i, p in enumerate(pictures)]
-    splits: dict[Split, list[Row]] = {"train": rows[:10], "test": rows[10:]}
-    assert is_empty(audit(tmp_path, write_set(tmp_path, [IMAGE], splits)))
+def test_blank_pictures_are_not_compared(level: int):
+    """A fog of eight grey levels, lighter at the top, and noise; and with more contrast."""
+    prints = PictureFingerprints(3, 255.0, is_sound=False)
+    fog = np.linspace(4, -4, 64)[:, None] + np.random.default_rng(8).integers(-1, 2, (64, 64))
+    prints.add(0, np.full((64, 64), level))
+    prints.add(1, (level + fog).clip(0, 255))
+    prints.add(2, (level + 8 * fog).clip(0, 255))
+    assert prints.known.tolist() == [False, False, True]
+
+
+def test_lasting_tones_are_not_compared():
+    """A tone that swells and fades; and one that rises."""
+    prints = PictureFingerprints(2, 1.0, is_sound=True)
+    bands, frames = np.arange(64)[:, None], np.arange(200)
+    loudness = np.exp(-((frames - 100) ** 2) / 8000)
+    prints.add(0, loudness * 0.2 + np.exp(-((bands - 20) ** 2) / 18))
+    prints.add(1, loudness * 0.2 + np.exp(-((bands - 20 - frames / 20) ** 2) / 18))
+    assert prints.known.tolist() == [False, True]
 
 
 def test_groups_on_both_sides(tmp_path: Path):
@@ -412,6 +424,21 @@ def test_candidate_pairs_are_bounded_where_all_keys_are_equal():
     assert first.max() == MAX_PARTNERS - 1
 
 
+def test_pairs_that_change_no_count_are_skipped():
+    """Four rows of train, labels 0 0 1 1."""
+    names = pa.chunked_array([["a", "b", "c", "d"]])
+    split, label = np.zeros(4, np.int8), np.array([0, 0, 1, 1])
+    rows = Rows(split, label, names, ("cat", "dog"), np.ones((1, 4), np.uint64), ())
+    collector = _Collector(rows)
+    first, second = np.array([0, 2, 0]), np.array([1, 3, 2])
+    assert collector.is_news(first, second).tolist() == [True, True, True]
+    collector.add(first[:2], second[:2])
+    assert collector.is_news(first, second).tolist() == [False, False, True]
+    collector.add(first[2:], second[2:])
+    assert not collector.is_news(first, second).any()
+    assert collector.twins().conflicts == 2
+
+
 def test_codes_six_bits_apart_share_a_key():
     rng = np.random.default_rng(0)
     prints = PictureFingerprints(2000, 255.0, is_sound=False)
@@ -453,29 +480,42 @@ def test_real_digits_are_left_alone(shared_data: Path, tmp_path: Path):
     assert is_empty(audit(tmp_path, write_set(tmp_path, [modality], splits)))
 
 
-def test_real_recordings_are_told_apart_and_recognised(shared_data: Path, tmp_path: Path):
-    """60 recordings of one speaker, six of each digit, joined in threes; and again in mu-law."""
-    import soundfile
+def spoken(folder: Path, digits: str, takes: range) -> list[np.ndarray]:
+    """Recordings of one speaker, take by take."""
+    names = [f"{digit}_jackson_{take}.wav" for take in takes for digit in digits]
+    return [soundfile.read(folder / "fsdd" / name)[0] for name in names]
 
-    modality = Modality(
-        name="audio", kind="audio", shape=(1, 40, 300), dtype="float32", time_axis=-1
-    )
-    names = [f"{digit}_jackson_{take}" for take in range(6) for digit in range(10)]
-    waves = [soundfile.read(shared_data / "fsdd" / f"{name}.wav")[0] for name in names]
+
+def log_mels(waves: list[np.ndarray], prefix: str) -> list[Row]:
+    settings = {"num_mels": 40, "num_frames": 300, "hop_seconds": 0.01, "floor": 1e-6}
+    return [Row(f"{prefix}{i}", 0, {"audio": log_mel(wave, 8000, **settings)})
+            for i, wave in enumerate(waves)]  # fmt: skip
+
+
+def mu_law(wave: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    soundfile.write(file, wave, 8000, format="WAV", subtype="ULAW")
+    file.seek(0)
+    return soundfile.read(file)[0]
+
+
+LOG_MEL = Modality(name="audio", kind="audio", shape=(1, 40, 300), dtype="float32", time_axis=-1)
+
+
+def test_real_recordings_are_told_apart(shared_data: Path, tmp_path: Path):
+    """The same speaker says each of four digits fifty times."""
+    rows = log_mels(spoken(shared_data, "0123", range(50)), "")
+    splits: dict[Split, list[Row]] = {"train": rows[:120], "test": rows[120:]}
+    assert is_empty(audit(tmp_path, write_set(tmp_path, [LOG_MEL], splits)))
+
+
+def test_real_recordings_are_recognised_in_another_coding(shared_data: Path, tmp_path: Path):
+    """20 clips of three digits, and again in mu-law."""
+    waves = spoken(shared_data, "0123456789", range(6))
     joined = [np.concatenate(waves[i : i + 3]) for i in range(0, 60, 3)]
-
-    def mu_law(wave: np.ndarray) -> np.ndarray:
-        file = io.BytesIO()
-        soundfile.write(file, wave, 8000, format="WAV", subtype="ULAW")
-        file.seek(0)
-        return soundfile.read(file)[0]
-
-    def features(wave: np.ndarray) -> np.ndarray:
-        return log_mel(wave, 8000, num_mels=40, num_frames=300, hop_seconds=0.01, floor=1e-6)
-
     splits: dict[Split, list[Row]] = {
-        "train": [Row(f"t{i}", 0, {"audio": features(w)}) for i, w in enumerate(joined)],
-        "test": [Row(f"u{i}", 0, {"audio": features(mu_law(w))}) for i, w in enumerate(joined)],
+        "train": log_mels(joined, "clip-"),
+        "test": log_mels([mu_law(wave) for wave in joined], "copy-"),
     }
-    near = audit(tmp_path, write_set(tmp_path, [modality], splits)).modalities["audio"].near
+    near = audit(tmp_path, write_set(tmp_path, [LOG_MEL], splits)).modalities["audio"].near
     assert near.rows == table(test_train=20, train_test=20)
