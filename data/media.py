@@ -6,6 +6,7 @@ Every function raises `RejectedSample` with the reason; nothing is repaired, ski
 import contextlib
 import math
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import soundfile
 from av.container import InputContainer
 from av.error import FFmpegError
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from data.sources.base import RejectedSample
 
@@ -29,7 +30,21 @@ MIN_RATE = 1000  # Hz; below, there are no filter banks
 MAX_VIDEO_FRAMES = 200_000
 MAX_TEXT_BYTES = 16 << 20
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+TURNS = {  # EXIF orientation -> what makes the picture upright; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PICTURE_ERRORS = (  # what PIL raises of damaged pixels, headers and EXIF
+    *(OSError, ValueError, SyntaxError, TypeError, AttributeError),
+    *(struct.error, Image.DecompressionBombError),
+)
 UNKNOWN_LENGTHS = (0, 0xFFFFFFFF)  # of a wav that was written to a pipe
+HEADLESS_SOUND = ".raw"  # libsndfile takes any such file for bare numbers and asks for their rate
 VIDEO_SUFFIXES = (".flv", ".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg")
 # Others, such as playlists, whatever they are called, would open more files, of any folder.
 CONTAINERS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,asf,ogg,wav,mp3,flac,aac"
@@ -69,7 +84,7 @@ def read_image(path: Path, *, upright: bool) -> Image.Image:
     """A picture, in RGB.
 
     Args:
-        upright: turn it as its EXIF orientation says.
+        upright: turn it as its EXIF orientation says, if that can be read.
 
     Raises:
         RejectedSample: it cannot be decoded to its end, or has too many pixels.
@@ -80,12 +95,22 @@ def read_image(path: Path, *, upright: bool) -> Image.Image:
             Image.open(path, formats=IMAGE_FORMATS) as image,
         ):
             _check_picture(path.name, image)
-            turned = ImageOps.exif_transpose(image) if upright else image
+            image.load()  # EXIF may stand behind the pixels
+            turn = TURNS.get(_orientation(image)) if upright else None
+            turned = image if turn is None else image.transpose(turn)
             return turned.convert("RGB")
     except RejectedSample:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except PICTURE_ERRORS as error:
         raise RejectedSample(f"{path.name} is not a whole picture ({_words(error)})") from error
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """`ImageOps.exif_transpose` would write all of the EXIF anew, and fail at what is odd in it."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except PICTURE_ERRORS:  # the picture itself is whole
+        return None
 
 
 def _check_picture(name: str, image: Image.Image) -> None:
@@ -107,7 +132,7 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
         RejectedSample: it cannot be decoded, is shorter than its header says, too long or silent
             for lack of samples.
     """
-    if path.suffix.lower() in VIDEO_SUFFIXES:
+    if path.suffix.lower() in (*VIDEO_SUFFIXES, HEADLESS_SOUND):
         return _sound_of_video(path)
     try:
         with soundfile.SoundFile(path) as file:

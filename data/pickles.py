@@ -19,8 +19,9 @@ MAX_BYTES = 16 << 30
 """Largest file that is read, as it has to fit into memory; unaligned MOSEI, the largest published
 one, has about 9 GB in float32."""
 
-_SIMPLE = (str, bytes, bytearray, bool, int, float, complex, type(None))
+_SIMPLE = (str, bytes, bool, int, float, complex, type(None))
 _CODE = re.compile(r"[?biufcSU][0-9]{0,9}")
+_REASONS: dict[type[Exception], str] = {EOFError: "it breaks off", KeyError: "it is no pickle"}
 _SAFE_FORM = (
     "only dict, list, str, bytes, numbers and NumPy arrays of them are read; if you trust the "
     "file, load it yourself, save its arrays with numpy.savez and give the npz"
@@ -130,7 +131,15 @@ _GLOBALS: dict[tuple[str, str], type] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The unpickler in Python: that in C makes a memo as long as the largest number in the file,
+    so nine bytes take gigabytes."""
+
+    # A bytearray is read as bytes, since it would be made before it is known to be in the file.
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]
+    }
+
     def __init__(self, file: IO[bytes], path: Path) -> None:
         super().__init__(file, encoding="latin1")  # strings of Python 2, which are bytes
         self._path = path
@@ -171,7 +180,7 @@ def read_arrays(path: Path) -> object:
     except DataError:
         raise
     except Exception as error:  # a broken pickle raises nearly anything
-        reason = str(error) or type(error).__name__
+        reason = _REASONS.get(type(error)) or str(error) or type(error).__name__
         raise DataError(
             f"{path} cannot be read as a pickle of arrays ({reason[:200]}); get the file again; "
             f"{_SAFE_FORM}"

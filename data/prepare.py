@@ -53,7 +53,7 @@ MAX_SHARD_ROWS = 8192
 # A cluster takes ten seconds to start; below this, one process is done sooner.
 CLUSTER_ITEMS = 2000
 # Not in the manifest: they do not change the shards.
-NOT_RECORDED = {"root", "storage", "max_rejected"}
+NOT_RECORDED = {"root", "table", "storage", "max_rejected"}
 JPEG_RATIO = 0.3
 
 Report = Callable[[int, int], None]
@@ -116,15 +116,20 @@ class _Tally:
     def reject(self, rejections: Sequence[Rejection]) -> None:
         """Raises DataError if too many samples are rejected by now."""
         self.rejected += rejections
-        count = len(self.rejected)
-        if count > self._allowed * self._total:
-            first = self.rejected[0]
-            raise DataError(
-                f"{count} of {self._total} samples ({count / self._total:.1%}) are rejected, "
-                f"more than data.max_rejected={self._allowed:g} allows; the first is {first.key}: "
-                f"{first.reason}; repair the raw files, or give a larger --data.max-rejected to go "
-                "on without these samples"
-            )
+        _check_rejected(self.rejected, self._total, self._allowed)
+
+
+def _check_rejected(rejected: Sequence[Rejection], total: int, allowed: float) -> None:
+    """Raise DataError if more than a part `allowed` of `total` samples is rejected."""
+    count = len(rejected)
+    if count > allowed * total:
+        first = rejected[0]
+        raise DataError(
+            f"{count} of {total} samples ({count / total:.1%}) are rejected, "
+            f"more than data.max_rejected={allowed:g} allows; the first is {first.key}: "
+            f"{first.reason}; repair the raw files, or give a larger --data.max-rejected to go "
+            "on without these samples"
+        )
 
 
 def default_folder(config: DataConfig, storage: Path) -> Folder:
@@ -135,7 +140,8 @@ def default_folder(config: DataConfig, storage: Path) -> Folder:
     Raises:
         DataError: `data.storage` cannot be used.
     """
-    settings = _settings(config) | {"root": _resolved_root(config)}
+    places = {"root": _resolved(config.root), "table": _resolved(config.table)}
+    settings = _settings(config) | places
     digest = hashlib.sha256(_canonical(settings).encode()).hexdigest()
     try:
         place = Folder.at(config.storage or storage / "shards")
@@ -221,11 +227,13 @@ def _settings(config: DataConfig) -> dict[str, object]:
     """Settings kept in the manifest: all that decide what is in the shards, but the raw folder,
     which may move; and the version of the source, so that shards of an older one are made again."""
     values = config.model_dump(mode="json", exclude=NOT_RECORDED)
+    if config.table and (path := Path(config.table).expanduser()).is_file():
+        values["table_sha256"] = Folder.at(path.parent).sha256(path.name)
     return {**values, "source_version": source_class(config.name).version}
 
 
-def _resolved_root(config: DataConfig) -> str | None:
-    return None if config.root is None else str(Path(config.root).expanduser().resolve())
+def _resolved(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def _make_folder(folder: Folder) -> None:
@@ -274,7 +282,10 @@ def _check_existing(config: DataConfig, folder: Folder) -> tuple[Manifest, list[
     verify_shards(manifest, folder)
     folder.child(PROGRESS_NAME).remove_all()
     lines = folder.read(REJECTED_NAME).decode().split("\n")[:-1]  # keys may have U+2028
-    return manifest, [Rejection(**json.loads(line)) for line in lines]
+    rejected = [Rejection(**json.loads(line)) for line in lines]
+    read = len(rejected) + sum(manifest.rows(split) for split in manifest.splits)
+    _check_rejected(rejected, read, config.max_rejected)
+    return manifest, rejected
 
 
 def _make(
@@ -416,7 +427,7 @@ def _plan(config: DataConfig, draft: Manifest, items: list[Item]) -> list[Part]:
 def _plan_digest(config: DataConfig, draft: Manifest, items: list[Item]) -> str:
     """Hash of everything that must be as before if finished shards are to be kept."""
     digest = hashlib.sha256(draft.to_json().encode())
-    digest.update(_canonical(_resolved_root(config)).encode())
+    digest.update(_canonical(_resolved(config.root)).encode())
     for item in items:
         row = [item.sample_id, item.key, item.label, item.split, item.group]
         digest.update(_canonical(row).encode())

@@ -5,7 +5,8 @@ function of these and the file alone.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,14 +97,14 @@ def build(
     if kind in ("image", "frames"):
         return Pictures(base, settings, place)
     if kind == "flow":
-        return Flow(base, settings, place)
+        return Flow(base, settings, place, first)
     if kind == "audio":
         return Audio(base, settings, place)
     if kind == "text":
         from data.text import Tokens
 
         return Tokens(base, settings, place, training)
-    return Numbers(base, settings, first, training)
+    return Numbers(base, settings, training)
 
 
 def _wrong(media: Media, kind: Kind) -> RejectedSample:
@@ -113,8 +114,8 @@ def _wrong(media: Media, kind: Kind) -> RejectedSample:
 def parts(count: int, num_parts: int, candidates: int, pick: str) -> list[int]:
     """Which of `count` frames are stored: `candidates` of each of `num_parts` equal parts.
 
-    With one candidate it is the one that evaluation takes. A part has count // num_parts frames;
-    what is left over at the end is not used.
+    A part has count // num_parts frames; what is left over at the end is not used. Candidates are
+    spread evenly over it; number candidates // 2 of them is the frame that evaluation takes.
 
     Raises:
         RejectedSample: there are fewer frames than parts.
@@ -122,11 +123,18 @@ def parts(count: int, num_parts: int, candidates: int, pick: str) -> list[int]:
     length = count // num_parts
     if length < 1:
         raise RejectedSample(f"has {count} frames; at least {num_parts} are needed")
-    if candidates > 1:
-        offsets = [(2 * c + 1) * length // (2 * candidates) for c in range(candidates)]
-    else:
-        offsets = [length // 2 if pick == "middle" else max(length // 2, 1) - 1]
+    shown = length // 2 if pick == "middle" else max(length // 2, 1) - 1
+    offsets = [(2 * c + 1) * length // (2 * candidates) for c in range(candidates)]
+    nearest = min(range(candidates), key=lambda c: abs(offsets[c] - shown))
+    offsets[nearest] = offsets[candidates // 2]
+    offsets[candidates // 2] = shown
     return [part * length + offset for part in range(num_parts) for offset in offsets]
+
+
+def chosen(count: int, modality: Modality, pick: str, split: Split) -> list[int]:
+    """Which of a clip's `count` frames are stored for a split; raises like `parts`."""
+    candidates = modality.candidates if split == "train" else 1
+    return parts(count, modality.shape[0], candidates, pick)
 
 
 class Pictures:
@@ -139,7 +147,7 @@ class Pictures:
         assert settings.side
         assert settings.train_side
         self._place = place
-        self._settings = settings
+        self._pick = settings.pick or "middle"
         is_clip = base.kind == "frames"
         frames = (settings.frames or 1,) if is_clip else ()
         # Without a crop, a training picture needs no more pixels than the model sees.
@@ -171,21 +179,18 @@ class Pictures:
                 raise RejectedSample("no picture is named")
             return self._still(media.paths[0], side)
         if isinstance(media, Stills):
-            chosen = [media.paths[i] for i in self._chosen(len(media.paths), split)]
+            taken = [
+                media.paths[i] for i in chosen(len(media.paths), self.modality, self._pick, split)
+            ]
             for path in media.paths:  # a hole in a clip is a fault, whichever frames are taken
                 inside(self._place.root, path)
-            unique = {path: self._still(path, side) for path in dict.fromkeys(chosen)}
-            return np.stack([unique[path] for path in chosen])
+            unique = {path: self._still(path, side) for path in dict.fromkeys(taken)}
+            return np.stack([unique[path] for path in taken])
         if not isinstance(media, Video):
             raise _wrong(media, "frames")
         path = inside(self._place.root, media.path)
-        frames = read_video(path, self._chosen(num_video_frames(path), split))
+        frames = read_video(path, chosen(num_video_frames(path), self.modality, self._pick, split))
         return np.stack([_square(Image.fromarray(frame), side) for frame in frames])
-
-    def _chosen(self, count: int, split: Split) -> list[int]:
-        settings = self._settings
-        candidates = self.modality.candidates if split == "train" else 1
-        return parts(count, settings.frames or 1, candidates, settings.pick or "middle")
 
     def _still(self, relative: str, side: int) -> np.ndarray:
         path = inside(self._place.root, relative)
@@ -205,11 +210,11 @@ class Flow:
     Inverse Search (T. Kroeger et al., ECCV 2016), clipped to 20 pixels either way.
     """
 
-    def __init__(self, base: Modality, settings: ModalityConfig, place: Place):
+    def __init__(self, base: Modality, settings: ModalityConfig, place: Place, first: Media | None):
         assert settings.side
         assert settings.train_side
         self._place = place
-        self._settings = settings
+        self._pick = settings.pick or "middle"
         train_side = settings.train_side if base.augment.crop else settings.side
         frames = settings.frames or 1
         mean, std = (
@@ -226,7 +231,9 @@ class Flow:
                 "mean": (mean, mean),
                 "std": (std, std),
                 "scale": 255.0,
-                "about": "flow images; computed from videos by DIS, +-20 pixels on 0-255",
+                "about": "flow images as given"
+                if isinstance(first, FlowStills)
+                else f"flow by OpenCV DIS, +-{MAX_FLOW_PIXELS:g} pixels on 0-255",
             }
         )
 
@@ -239,21 +246,16 @@ class Flow:
             return np.stack(
                 [
                     np.concatenate([self._grey(media.u[i], side), self._grey(media.v[i], side)])
-                    for i in self._chosen(len(media.u), split)
+                    for i in chosen(len(media.u), self.modality, self._pick, split)
                 ]
             )
         if not isinstance(media, Video):
             raise _wrong(media, "flow")
         path = inside(self._place.root, media.path)
-        chosen = self._chosen(num_video_frames(path) - 1, split)
-        frames = read_video(path, [number for i in chosen for number in (i, i + 1)])
+        taken = chosen(num_video_frames(path) - 1, self.modality, self._pick, split)
+        frames = read_video(path, [number for i in taken for number in (i, i + 1)])
         pairs = zip(frames[::2], frames[1::2], strict=True)
         return np.stack([_dense_flow(first, second, side) for first, second in pairs])
-
-    def _chosen(self, count: int, split: Split) -> list[int]:
-        settings = self._settings
-        candidates = self.modality.candidates if split == "train" else 1
-        return parts(count, settings.frames or 1, candidates, settings.pick or "middle")
 
     def _grey(self, relative: str, side: int) -> np.ndarray:
         image = read_image(inside(self._place.root, relative), upright=False)
@@ -329,25 +331,31 @@ class Numbers:
         self,
         base: Modality,
         settings: ModalityConfig,
-        first: Media | None,
         training: Callable[[], Iterable[Media]],
     ):
-        if not isinstance(first, Values):
+        forms = Counter((v.array.ndim, v.array.shape[-1:]) for v in _values(training()))
+        if not forms:
             raise DataError(
                 f"no training sample has modality {base.name}; leave it out of data.modalities, or "
                 "check the raw files"
             )
+        # The commonest: a sample of another form is rejected, and has no part in size and scale.
+        (ndim, width), _ = forms.most_common(1)[0]
         wanted = 1 if base.kind == "vector" else 2
-        if first.array.ndim != wanted:
+        if ndim != wanted:
             raise DataError(
-                f"{base.name} has an array of shape {first.array.shape}; a {base.kind} has {wanted}"
-                f" dimension{'s' * (wanted > 1)}; set data.modalities.{base.name}.kind"
+                f"{base.name} has arrays of {ndim} dimensions; a {base.kind} has {wanted}; set "
+                f"data.modalities.{base.name}.kind"
             )
-        shape = first.array.shape
+
+        def alike() -> Iterator[np.ndarray]:
+            arrays = (values.array for values in _values(training()))
+            return (a for a in arrays if (a.ndim, a.shape[-1:]) == (ndim, width))
+
+        shape = width
         if base.kind == "sequence":
-            steps = settings.steps or max(v.array.shape[0] for v in _values(training()))
-            shape = (steps, shape[1])
-        self._scale = _scale(settings.scale, training)
+            shape = (settings.steps or max(len(array) for array in alike()), *width)
+        self._scale = _scale(settings.scale, alike())
         self.modality = base.model_copy(
             update={
                 "shape": shape,
@@ -383,7 +391,7 @@ def _values(media: Iterable[Media]) -> Iterable[Values]:
 
 
 def _scale(
-    rule: str | None, training: Callable[[], Iterable[Media]]
+    rule: str | None, training: Iterable[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """What to subtract and to divide by, per column; columns that never change become 0."""
     if rule in (None, "none"):
@@ -396,10 +404,10 @@ def _scale(
     low: Any = np.inf
     high: Any = -np.inf
     count = 0
-    for values in _values(training()):
-        rows = np.atleast_2d(np.asarray(values.array, dtype=np.float64))
+    for array in training:
+        rows = np.atleast_2d(np.asarray(array, dtype=np.float64))
         rows = rows[np.isfinite(rows).all(axis=1)]
-        if values.array.ndim == 2:
+        if array.ndim == 2:
             rows = rows[(rows != 0).any(axis=1)]  # padding
         if len(rows):
             origin = rows[0] if origin is None else origin

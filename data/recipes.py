@@ -28,7 +28,7 @@ _PICTURE = ModalityConfig(storage="tensor", side=224, train_side=256)
 _DEFAULT: dict[Kind, ModalityConfig] = {
     "image": _PICTURE,
     "frames": _PICTURE.model_copy(update={"frames": 3, "candidates": 3, "pick": "middle"}),
-    "flow": _PICTURE.model_copy(update={"frames": 3, "candidates": 2, "pick": "middle"}),
+    "flow": _PICTURE.model_copy(update={"frames": 3, "candidates": 3, "pick": "middle"}),
     "audio": ModalityConfig(storage="float16", sample_rate=16_000, seconds=10.24, num_mels=128),
     "text": ModalityConfig(tokenizer="fit", tokens=128),
     "vector": ModalityConfig(storage="float32", scale="standard"),

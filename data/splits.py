@@ -28,7 +28,7 @@ def assign(
 ) -> tuple[list[Split], str]:
     """Split of every sample, and the rule in words.
 
-    A set without a partition of its own is split by group, or at random where it has no groups. An
+    An official partition that a set does not have is replaced: it is split by group, or at random where it has no groups. An
     official partition without validation gives up `val_fraction` of its training samples, by group
     where the partition keeps groups apart, else stratified by class.
 
@@ -42,9 +42,15 @@ def assign(
     labels = [sample.label for sample in samples]
     official: list[Split] = [sample.split for sample in samples]
     rule = config.split
-    if rule in ("official", "given") and "test" not in official:
-        rule = "grouped" if any(sample.group for sample in samples) else "random_70_10_20"
+    grouped = any(sample.group for sample in samples)
+    if rule == "official" and set(official) == {"train"}:
+        rule = "grouped" if grouped else "random_70_10_20"
     if rule == "grouped":
+        if not grouped:
+            raise DataError(
+                "data.split=grouped needs groups, and no sample of this set has one (a table names "
+                "them by data.group_column); use another data.split"
+            )
         return _grouped(samples, config.split_seed), f"grouped, seed {config.split_seed}"
     if rule == "random_70_10_20":
         order = sorted(classes, key=str.lower) if config.name == NUMBERED_IN_LOWER_CASE else classes
@@ -53,6 +59,12 @@ def assign(
         return (
             random_70_10_20(numbers, config.split_seed, cut_by_train=cut_by_train),
             f"random_70_10_20, seed {config.split_seed}",
+        )
+    if not {"train", "test"} <= set(official):
+        raise DataError(
+            f"data.split={rule} has no {'test' if 'train' in official else 'train'} samples; a "
+            "partition needs both; complete it (a table says it by data.split_column), or use "
+            "--data.split random_70_10_20 or grouped"
         )
     if "val" in official:
         return official, rule
@@ -115,9 +127,10 @@ def _carved(samples: Sequence[RawSample], official: list[Split], config: DataCon
     apart = not set(groups) & {s.group for s in samples if s.split == "test"}
     if apart and 3 <= len(set(groups)) < len(train):
         largest_class = max(Counter(sample.label for sample in train).values())
-        wanted = max(2, round(1 / config.val_fraction))
-        num_folds = min(wanted, len(set(groups)), max(2, largest_class))
-        val = set(_folds(train, groups, num_folds, config.split_seed)[0].tolist())
+        num_folds = min(NUM_FOLDS, len(set(groups)), max(2, largest_class))
+        num_val = min(max(1, round(config.val_fraction * num_folds)), num_folds - 1)
+        folds = _folds(train, groups, num_folds, config.split_seed)
+        val = set(np.concatenate(folds[:num_val]).tolist())
         sides: list[Split] = ["val" if number in val else "train" for number in range(len(train))]
     else:
         labels = [sample.label for sample in train]

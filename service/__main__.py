@@ -205,13 +205,14 @@ def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
     if args.chaos:
         from service.chaos import run_chaos
 
-        report = run_chaos(config, [args.preset, *rest], args.chaos, console)
+        table = ["--manifest", args.manifest] if args.manifest else []
+        report = run_chaos(config, [args.preset, *table, *rest], args.chaos, console)
         console.chaos(report)
         return report
     if args.dry_run:
         from service.plan import make_plan
 
-        plan = make_plan(config)
+        plan = make_plan(launch.resolve(config))
         console.plan(plan)
         return plan
     config = launch.resolve(config)

@@ -14,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
-from data.schema import Augment
 from training.encoders import ModelConfig
 from training.methods import MidasConfig, OgmGeConfig
 from training.optim import OptimConfig
@@ -50,6 +49,25 @@ class TrainConfig(BaseModel):
     deterministic: bool = False
     """Use only algorithms that repeat bit for bit, also with more than two workers; slower. On CPUs
     with one or two workers a run repeats itself without it."""
+
+
+class AugmentConfig(BaseModel):
+    """Random changes of a modality in training; None follows the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    crop: bool | None = None
+    """A random part of 8 to 100 % of a picture's area, resized."""
+    flip: bool | None = None
+    """Mirror pictures left to right, half of the time."""
+    rotate_degrees: float | None = Field(default=None, ge=0.0, le=180.0)
+    """Turn pictures by up to this angle either way."""
+    per_frame: bool | None = None
+    """Let every frame of a clip draw its own numbers."""
+    time_mask: int | None = Field(default=None, ge=0)
+    """Largest width of a masked stripe of time in a spectrogram (SpecAugment)."""
+    frequency_mask: int | None = Field(default=None, ge=0)
+    """Largest width of a masked stripe of frequency."""
 
 
 class CheckpointConfig(BaseModel):
@@ -113,8 +131,8 @@ class RunConfig(BaseModel):
     method: MethodName = "midas"
     """Training method; the controls run in the same harness."""
     data: DataConfig = DataConfig()
-    augment: dict[str, Augment] = {}
-    """Random changes in training, per modality; the others follow the recipe of the data."""
+    augment: dict[str, AugmentConfig] = {}
+    """Random changes in training, per modality; what is not named follows the data's recipe."""
     model: ModelConfig = ModelConfig()
     midas: MidasConfig = MidasConfig()
     ogm_ge: OgmGeConfig = OgmGeConfig()

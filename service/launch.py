@@ -316,10 +316,7 @@ class _Run:
                 for name in (CONFIG_NAME, RESULT_NAME)
                 if (folder / name).is_file()
             }
-            | {
-                f"data/{name}": self._data_folder.read(name).decode()
-                for name in CARD_NAMES
-            },
+            | {f"data/{name}": self._data_folder.read(name).decode() for name in CARD_NAMES},
             checkpoint=f"{checkpoints_uri(self._config)}/{best}" if best else None,
         )
 

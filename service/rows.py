@@ -47,7 +47,10 @@ def make_order(config: RunConfig, manifest: Manifest) -> Order:
 
 def row_spec(modality: Modality, config: RunConfig) -> RowSpec | None:
     """How delivered rows become the model's inputs; None for those that are it already."""
-    random = config.augment.get(modality.name, modality.augment)
+    changes = config.augment.get(modality.name)
+    random = modality.augment.model_dump()
+    if changes is not None:
+        random |= changes.model_dump(exclude_none=True)
     if modality.kind in ("text", "vector", "sequence"):
         return None
     return RowSpec(
@@ -57,7 +60,7 @@ def row_spec(modality: Modality, config: RunConfig) -> RowSpec | None:
         std=modality.std,
         scale=modality.scale,
         time_axis=modality.time_axis,
-        **random.model_dump(),
+        **random,
     )
 
 

@@ -144,11 +144,12 @@ def takes_extracted(config: DataConfig, root: Path, *names: str) -> bool:
 def list_images(root: Path, folder: str) -> tuple[str, ...]:
     """Image files of a folder, sorted by name as text, relative to the root.
 
-    Hidden files are left out. A folder that is not there has no images.
+    Hidden files are left out. A folder that is not there, cannot be read or has a name that no
+    file system takes has no images.
     """
     try:
         names = sorted(os.listdir(root / folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):
         return ()
     return tuple(
         f"{folder}/{name}"

@@ -17,7 +17,7 @@ Pickles are read by data/pickles.py, which runs nothing.
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,10 +25,10 @@ from typing import ClassVar
 import numpy as np
 
 from data.config import DataConfig, Kind, ModalityConfig
-from data.pickles import read_arrays
+from data.pickles import MAX_BYTES, read_arrays
 from data.schema import DataError, Split
 from data.sources.base import raw_folder
-from data.sources.index import read_records, where
+from data.sources.index import Record, read_records, where
 from data.sources.raw import RawSample, Unreadable, Values
 
 MODALITIES = ("text", "audio", "vision")
@@ -38,6 +38,11 @@ MMSA_PICKLES = ("aligned_50.pkl", "unaligned_50.pkl")
 MMSA_SCORES = "regression_labels"
 CLASS_OF_CELL = {"0": "negative", "1": "positive"}
 MAX_SCORE = 3.0
+NPZ_ERRORS = (  # of a zip that is damaged, or packed or encrypted otherwise
+    *(OSError, ValueError, EOFError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+CELLS = (str, bytes, int, float, np.generic)
 VIDEO_END = re.compile(r"\[|\$_\$")
 
 
@@ -114,6 +119,7 @@ class Mosi:
         features, index = (self._root / name for name in VECTOR_FILES)
         arrays = _read_npz(features)
         rows = read_records(index, ",")
+        _check_columns(index, rows, ("id", "video_id", self._split_column, "label"))
         for name in MODALITIES:
             _check(features, name, _array(features, arrays, name), (len(rows), None))
         for row, (line, record) in enumerate(rows):
@@ -218,10 +224,27 @@ def _zeros_behind(array: np.ndarray) -> int:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size <= MAX_BYTES:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+    except NPZ_ERRORS as error:
         raise DataError(f"{path} is no npz of plain arrays ({error}); get it again") from error
+    raise DataError(
+        f"{path} has {size} bytes when it is unpacked and at most {MAX_BYTES} are read, since its "
+        "arrays have to fit into memory; leave out utterances"
+    )
+
+
+def _check_columns(path: Path, rows: Sequence[Record], columns: Sequence[str]) -> None:
+    """Raises: DataError: the file lacks one of the columns."""
+    for _, record in rows:
+        if isinstance(record, dict) and (missing := set(columns) - record.keys()):
+            raise DataError(
+                f"{path} lacks the column {', '.join(sorted(missing))}; it has "
+                f"{', '.join(record)}; name its columns in the first line"
+            )
 
 
 def _array(path: Path, arrays: Mapping[str, object], name: str) -> np.ndarray:
@@ -230,7 +253,19 @@ def _array(path: Path, arrays: Mapping[str, object], name: str) -> np.ndarray:
             f"{path} lacks the array {name!r}; it holds {', '.join(map(str, arrays))}; get the "
             "file again"
         )
-    return np.asarray(arrays[name])
+    value = arrays[name]
+    if isinstance(value, list):  # flat: lists in lists can make any size of a few bytes
+        value = np.fromiter(value, object, len(value))
+    if not isinstance(value, np.ndarray) or not value.ndim or not _is_flat(value):
+        raise DataError(
+            f"{path}: {name} is neither a NumPy array nor a flat list of str or numbers with an "
+            "entry per utterance; get the file again"
+        )
+    return value
+
+
+def _is_flat(array: np.ndarray) -> bool:
+    return array.dtype != object or all(isinstance(cell, CELLS) for cell in array.flat)
 
 
 def _check(path: Path, name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> None:

@@ -50,7 +50,7 @@ class Ucf101:
     version: ClassVar[int] = 1
     kinds: Mapping[str, Kind] = {"flow": "flow", "visual": "frames"}
     official: ClassVar[Mapping[str, ModalityConfig]] = {
-        "flow": ModalityConfig(frames=3, pick="early"),
+        "flow": ModalityConfig(frames=3, candidates=2, pick="early"),
         "visual": ModalityConfig(frames=3, candidates=2, pick="early"),
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import media
 from data.media import inside, num_video_frames, read_image, read_sound, read_text, read_video
@@ -161,6 +161,51 @@ def test_exif_orientation(tmp_path: Path) -> None:
     np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_as_pil_turns_it(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = write_image(tmp_path / f"a.{suffix}", picture(), exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert expected.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
+    np.testing.assert_array_equal(np.asarray(read_image(path, upright=True)), expected)
+
+
+def with_exif(path: Path, *entries: bytes) -> Path:
+    """A JPEG whose EXIF has these entries as they are: tag, type, count and value."""
+    head = b"MM\0*" + struct.pack(">IH", 8, len(entries))
+    exif = b"Exif\0\0" + head + b"".join(entries) + bytes(4)
+    return write_image(path, picture(), exif=exif)
+
+
+TURN = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+
+
+def test_odd_exif_beside_the_orientation(tmp_path: Path) -> None:
+    """The width as text and the camera as a fraction: PIL reads them, and cannot write them."""
+    width = struct.pack(">HHI4s", 0x0100, 2, 4, b"abc\0")
+    camera = struct.pack(">HHII", 0x010F, 5, 1, 8)
+    for entry in (width, camera):
+        path = with_exif(tmp_path / "a.jpg", *sorted([entry, TURN]))
+        with Image.open(path) as image, pytest.raises((struct.error, AttributeError)):
+            ImageOps.exif_transpose(image)
+        assert read_image(path, upright=True).size == (48, 64)
+
+
+def test_pictures_without_readable_orientation_stay_as_they_are(tmp_path: Path) -> None:
+    text = struct.pack(">HHI4s", 0x0112, 2, 4, b"six\0")
+    path = with_exif(tmp_path / "a.jpg", text)
+    assert read_image(path, upright=True).size == (64, 48)
+    path = write_image(tmp_path / "b.jpg", picture(), exif=b"Exif\0\0no EXIF at all")
+    with Image.open(path) as image, pytest.raises(SyntaxError):
+        image.getexif()
+    assert read_image(path, upright=True).size == (64, 48)
+
+
 def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
     grey = picture()[..., 0]
     found = np.asarray(read_image(write_image(tmp_path / "a.png", grey), upright=True))
@@ -248,6 +293,11 @@ def test_no_sound(tmp_path: Path) -> None:
     assert reason(lambda: read_sound(tmp_path / "b.wav")).startswith("b.wav has no whole sound (")
     (tmp_path / "c.mp3").write_bytes(b"")
     assert reason(lambda: read_sound(tmp_path / "c.mp3")).startswith("c.mp3 has no whole sound (")
+
+
+def test_sound_without_head(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(1000))
+    assert reason(lambda: read_sound(tmp_path / "a.raw")).startswith("a.raw has no whole sound (")
 
 
 def test_sound_that_claims_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

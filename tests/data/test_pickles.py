@@ -5,9 +5,11 @@ Arrays are compared with those that were pickled; hostile pickles would leave a 
 
 import builtins
 import collections
+import contextlib
 import datetime
 import os
 import pickle
+import resource
 import struct
 from pathlib import Path
 
@@ -248,6 +250,34 @@ def test_shared_lists_do_not_multiply(tmp_path: Path) -> None:
     path = tmp_path / "nested.pkl"
     path.write_bytes(pickle.dumps(value))
     assert isinstance(read_arrays(path), list)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02]r" + struct.pack("<I", 1 << 26) + b".",
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 30),
+    ],
+    ids=["memo", "bytearray"],
+)
+def test_short_pickles_take_no_gigabyte(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    with contextlib.suppress(DataError):
+        read_arrays(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"version https://git-lfs", "it is no pickle"), (pickle.dumps(ARRAYS, 2)[:-1], "breaks off")],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, data: bytes, words: str) -> None:
+    path = tmp_path / "other.pkl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=words):
+        read_arrays(path)
 
 
 def test_too_deep(tmp_path: Path) -> None:

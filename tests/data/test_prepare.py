@@ -535,7 +535,9 @@ def test_repaired_samples_are_tried_again(toy: type[Toy], tmp_path: Path) -> Non
 def test_the_limit_is_no_setting_of_the_set(toy: type[Toy], tmp_path: Path) -> None:
     toy.change = break_three
     prepare(CONFIG, tmp_path)
-    assert prepare(STRICT, tmp_path).reused
+    assert prepare(CONFIG.model_copy(update={"max_rejected": 0.5}), tmp_path).reused
+    with pytest.raises(DataError, match=r"are rejected, more than data\.max_rejected"):
+        prepare(STRICT, tmp_path)
 
 
 def test_a_repaired_number_makes_all_shards_again(rosmap_root: Path, tmp_path: Path) -> None:

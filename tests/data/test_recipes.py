@@ -53,7 +53,7 @@ def test_default_is_what_the_field_does_today() -> None:
     assert sound.storage == "float16"
     assert (words.tokenizer, words.tokens) == ("fit", 128)
     assert (found["clip"].frames, found["clip"].candidates, found["clip"].side) == (3, 3, 224)
-    assert (found["motion"].candidates, found["motion"].pick) == (2, "middle")
+    assert (found["motion"].candidates, found["motion"].pick) == (3, "middle")
     assert (found["numbers"].scale, found["steps"].scale) == ("standard", "none")
 
 

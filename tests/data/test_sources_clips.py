@@ -514,6 +514,26 @@ def test_ucf101_true_lists(tmp_path: Path, suffix: str):
 # ---- reading index files
 
 
+def test_images_of_a_folder(tmp_path: Path):
+    write(tmp_path, {f"clip/{name}": "" for name in ("b.jpg", "a.PNG", ".c.jpg", "d.txt")})
+    assert index.list_images(tmp_path, "clip") == ("clip/a.PNG", "clip/b.jpg")
+
+
+@pytest.mark.parametrize("name", ["missing", "file", "a" * 300, "a\0b", "loop"])
+def test_images_of_what_is_no_folder(tmp_path: Path, name: str):
+    """An index may hold any name; the sample is rejected later, as it has no frames."""
+    write(tmp_path, {"file": ""})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert index.list_images(tmp_path, name) == ()
+
+
+def test_kinetics_list_with_a_name_that_no_file_has(tmp_path: Path):
+    root = kinetics_tree(tmp_path, "a" * 300 + " 1\nb\0 0\n", "c 1\n")
+    samples, unreadable = read(adapter("kinetics", root))
+    assert not unreadable
+    assert [sample.media["visual"] for sample in samples] == [Stills(())] * 3
+
+
 def test_rows(tmp_path: Path):
     path = tmp_path / "rows"
     path.write_bytes('\ufeffa, b\r\n\r\n"x, ""y""\r\nz",\u2028c\r\n'.encode())

@@ -4,10 +4,12 @@ Real counts are those of the sets' README files; planted faults those of the gen
 """
 
 import csv
+import io
 import json
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 from data.config import DataConfig
 from data.schema import DataError
 from data.sources import avmnist as avmnist_module
-from data.sources import build_source
+from data.sources import build_source, mosi
 from data.sources.avmnist import AVMnist
 from data.sources.base import stratified_splits
 from data.sources.mfeat import WIDTHS, Mfeat
@@ -240,6 +242,61 @@ def test_mosi_broken_files(tmp_path: Path) -> None:
         read(adapter(Mosi, root))
 
 
+def test_mosi_npz_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_npz(tmp_path, "mosi", whole())
+    path = root / "mosi_valid.npz"
+    np.savez_compressed(path, text=np.zeros(1 << 20, np.uint8))
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(mosi, "MAX_BYTES", 1 << 20)
+    with pytest.raises(
+        DataError,
+        match=r"mosi_valid\.npz has 1048704 bytes when it is unpacked and at most 1048576",
+    ):
+        read(adapter(Mosi, root))
+
+
+def test_mosi_npz_that_claims_too_much(tmp_path: Path) -> None:
+    root = write_npz(tmp_path, "mosi", whole())
+    head = io.BytesIO()
+    claim = {"descr": "<f4", "fortran_order": False, "shape": (1 << 50,)}
+    np.lib.format.write_array_header_1_0(head, claim)
+    with zipfile.ZipFile(root / "mosi_train.npz", "w") as file:
+        file.writestr("text.npy", head.getvalue())
+    with pytest.raises(DataError, match=r"mosi_train\.npz is no npz of plain arrays"):
+        read(adapter(Mosi, root))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("text", np.zeros((4, STEPS, 3)).tolist()),
+        ("id", [["a", "b"]] * 4),
+        ("id", np.array([["a"], ["b"], ["c"], [["d"]]], object)),
+        ("labels", [[0.5]] * 4),
+        ("labels", 0.5),
+        ("audio", {}),
+    ],
+    ids=["text", "id", "objects", "labels", "number", "dict"],
+)
+def test_mosi_pickle_of_lists_in_lists(tmp_path: Path, name: str, value: object) -> None:
+    """Shared lists make gigabytes of some bytes, once they are an array."""
+    content = whole()
+    content["train"][name] = value
+    root = write_pickle(tmp_path, "mosi_data.pkl", content)
+    with pytest.raises(DataError, match=rf"mosi_data\.pkl: {name} is neither a NumPy array"):
+        read(adapter(Mosi, root))
+
+
+def test_mosi_pickle_of_flat_lists(tmp_path: Path) -> None:
+    content = whole()
+    arrays, _ = read(adapter(Mosi, write_pickle(tmp_path, "mosi_data.pkl", content)))
+    for part in content.values():
+        part["id"] = part["id"].reshape(-1).tolist()
+        part["labels"] = list(part["labels"].reshape(-1))
+    lists, _ = read(adapter(Mosi, write_pickle(tmp_path, "mosi_data.pkl", content)))
+    assert_same(lists, arrays)
+
+
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MOSI of the generator, clean and with all faults."""
@@ -348,6 +405,16 @@ def test_mosi_vectors_bad_files(vectors: Path) -> None:
     (vectors / "features.npz").unlink()
     with pytest.raises(DataError, match=r"lacks features\.npz"):
         adapter(Mosi, vectors)
+
+
+@pytest.mark.parametrize("column", ["id", "video_id", "split_repo", "label"])
+def test_mosi_vectors_without_a_column(vectors: Path, column: str) -> None:
+    path = vectors / "utterances.csv"
+    path.write_text(path.read_text().replace(f"{column},", "other,", 1))
+    with pytest.raises(
+        DataError, match=rf"utterances\.csv lacks the column {column}; it has .*other"
+    ):
+        read(adapter(Mosi, vectors))
 
 
 def test_real_mosi(shared_data: Path) -> None:

@@ -191,8 +191,19 @@ def test_grouped_split_is_fixed_by_its_seed() -> None:
 
 
 def test_samples_without_group_stand_alone() -> None:
+    """But a set without any group cannot be split by group."""
     samples = [sample(n, "ab"[n % 2]) for n in range(200)]
-    assert Counter(assigned(samples, split="grouped")) == {"train": 140, "val": 20, "test": 40}
+    with pytest.raises(DataError, match=r"grouped needs groups, .* data\.group_column"):
+        assigned(samples, split="grouped")
+    mixed = [sample(n, "ab"[n % 2], "train", "g" if n < 2 else None) for n in range(200)]
+    assert Counter(assigned(mixed, split="grouped"))["train"] == pytest.approx(140, abs=2)
+
+
+def test_an_incomplete_partition_is_not_replaced() -> None:
+    samples = [sample(n, "ab"[n % 2], "val" if n % 5 == 0 else "train") for n in range(50)]
+    for asked in ("official", "given"):
+        with pytest.raises(DataError, match=f"data.split={asked} has no test samples"):
+            assigned(samples, split=asked, name="table")
 
 
 def test_three_groups_are_one_each() -> None:
@@ -278,4 +289,5 @@ def test_a_set_without_partition_is_split_by_group_or_at_random() -> None:
     plain = [sample(n, "ab"[n % 2]) for n in range(100)]
     assert rule(plain) == "random_70_10_20, seed 2"
     assert assigned(plain) == assigned(plain, split="random_70_10_20")
-    assert rule(plain, split="given", name="table") == "random_70_10_20, seed 2"
+    with pytest.raises(DataError, match="data.split=given has no test samples"):
+        rule(plain, split="given", name="table")
