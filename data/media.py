@@ -105,12 +105,15 @@ def read_image(path: Path, *, upright: bool) -> Image.Image:
         raise RejectedSample(f"{path.name} is not a whole picture ({_words(error)})") from error
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """`ImageOps.exif_transpose` would write all of the EXIF anew, and fail at what is odd in it."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 if there is none or it cannot be read.
+
+    `ImageOps.exif_transpose` would write all of the EXIF anew, and fail at what is odd in it.
+    """
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except PICTURE_ERRORS:  # the picture itself is whole
-        return None
+        return 1
 
 
 def _check_picture(name: str, image: Image.Image) -> None:

@@ -42,6 +42,7 @@ TABLES_AHEAD = 3
 # Ray Data stores all tasks of an execution before the first runs (20,000 took half a minute).
 READS_PER_EXECUTION = 1000
 RESULT_BYTES = 1 << 20
+ITEMS_PER_EXECUTION = 512  # items are stored like tasks, and may hold arrays
 
 
 @dataclass(frozen=True)
@@ -388,11 +389,13 @@ def work_anywhere(
     Args:
         function: sent once; returns a model, which comes back as its JSON values.
     """
-    reads = small_reads(_work, (function,), [(item,) for item in items])
-    dataset = _dataset(reads, [1] * len(reads), RESULT_BYTES, num_cpus=1, concurrency=None)
-    tables: Any = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
-    for table in tables:
-        yield json.loads(table.column("result")[0].as_py())
+    for first in range(0, len(items), ITEMS_PER_EXECUTION):
+        part = items[first : first + ITEMS_PER_EXECUTION]
+        reads = small_reads(_work, (function,), [(item,) for item in part])
+        dataset = _dataset(reads, [1] * len(reads), RESULT_BYTES, num_cpus=1, concurrency=None)
+        tables: Any = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+        for table in tables:
+            yield json.loads(table.column("result")[0].as_py())
 
 
 def _work(function: Callable[[Any], BaseModel], item: Any) -> list[pa.Table]:

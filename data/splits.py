@@ -28,9 +28,9 @@ def assign(
 ) -> tuple[list[Split], str]:
     """Split of every sample, and the rule in words.
 
-    An official partition that a set does not have is replaced: it is split by group, or at random where it has no groups. An
-    official partition without validation gives up `val_fraction` of its training samples, by group
-    where the partition keeps groups apart, else stratified by class.
+    A set without any official partition is split by group, or at random where it has no groups.
+    One without validation gives up `val_fraction` of its training samples, by group where the
+    partition keeps groups apart, else stratified by class.
 
     Args:
         samples: in index order: train, val, test of the official partition.
