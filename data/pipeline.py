@@ -391,15 +391,16 @@ def work_anywhere(
     """
     for first in range(0, len(items), ITEMS_PER_EXECUTION):
         part = items[first : first + ITEMS_PER_EXECUTION]
-        reads = small_reads(_work, (function,), [(item,) for item in part])
+        stored = [ray.put(item) for item in part]  # an item may hold arrays; a task must be small
+        reads = small_reads(_work, (function,), [(reference,) for reference in stored])
         dataset = _dataset(reads, [1] * len(reads), RESULT_BYTES, num_cpus=1, concurrency=None)
         tables: Any = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
         for table in tables:
             yield json.loads(table.column("result")[0].as_py())
 
 
-def _work(function: Callable[[Any], BaseModel], item: Any) -> list[pa.Table]:
-    return [pa.table({"result": [function(item).model_dump_json()]})]
+def _work(function: Callable[[Any], BaseModel], item: "ray.ObjectRef[Any]") -> list[pa.Table]:
+    return [pa.table({"result": [function(ray.get(item)).model_dump_json()]})]
 
 
 def small_reads(

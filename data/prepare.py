@@ -50,8 +50,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 NUM_HASH_DIGITS = 10
 SHARD_BYTES = 128 << 20
 MAX_SHARD_ROWS = 8192
-# A cluster takes ten seconds to start; below this, one process is done sooner.
-CLUSTER_ITEMS = 2000
+# A cluster takes ten seconds to start; for smaller sets, one process is done sooner.
+CLUSTER_BYTES = 1 << 30
 # Not in the manifest: they do not change the shards.
 NOT_RECORDED = {"root", "table", "storage", "max_rejected"}
 JPEG_RATIO = 0.3
@@ -307,11 +307,13 @@ def _make(
         finished = {part.path: done for part in parts if (done := _finished(folder, part))}
         pending = [part for part in parts if part.path not in finished]
         tally.add(len(items) - sum(len(part.items) for part in pending))
-        _check_room(draft, pending, folder)
+        nbytes = _nbytes(draft, pending)
+        if folder.is_local:
+            check_disk(nbytes, folder.path)
         train_rows = sum(item.split == "train" for item in items)
         group_rows = config.group_rows(train_rows, draft.stored_row_nbytes("train"))
         work = partial(make_part, source, draft, folder, group_rows)
-        for part, done in _run(work, pending, tally, cluster):
+        for part, done in _run(work, pending, nbytes, tally, cluster):
             finished[part.path] = done
             tally.reject([Rejection(key, part.split, reason) for key, reason in done.rejected])
     for name, content in source.files.items():
@@ -352,10 +354,14 @@ def _write_rejected(folder: Folder, rejected: list[Rejection]) -> None:
 
 
 def _run(
-    work: Callable[..., ShardOutcome], parts: list[Part], tally: _Tally, cluster: Cluster | None
+    work: Callable[..., ShardOutcome],
+    parts: list[Part],
+    nbytes: int,
+    tally: _Tally,
+    cluster: Cluster | None,
 ) -> Iterator[tuple[Part, ShardOutcome]]:
-    """Outcomes of parts, made here or on a cluster."""
-    if cluster is None or len(parts) < 2 or sum(len(p.items) for p in parts) < CLUSTER_ITEMS:
+    """Outcomes of parts, `nbytes` in all, made here or on a cluster."""
+    if cluster is None or len(parts) < 2 or nbytes < CLUSTER_BYTES:
         for part in parts:
             yield part, work(part, tally.add)
         return
@@ -470,9 +476,8 @@ def _finished(folder: Folder, part: Part) -> ShardOutcome | None:
     return done if whole and not done.rejected else None
 
 
-def _check_room(draft: Manifest, parts: list[Part], folder: Folder) -> None:
-    if not folder.is_local:
-        return
+def _nbytes(draft: Manifest, parts: list[Part]) -> int:
+    """About the size of shards, rather too much."""
     needed = 0
     for part in parts:
         row_nbytes = sum(
@@ -480,7 +485,7 @@ def _check_room(draft: Manifest, parts: list[Part], folder: Folder) -> None:
             for m in draft.modalities
         )
         needed += shard_nbytes(len(part.items), row_nbytes)
-    check_disk(needed, folder.path)
+    return needed
 
 
 def check_disk(needed_bytes: int, folder: Path) -> None:

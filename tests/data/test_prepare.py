@@ -587,7 +587,7 @@ def test_a_cluster_makes_the_same_bytes(
     toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy.change = break_three
-    monkeypatch.setattr(module, "CLUSTER_ITEMS", 100)
+    monkeypatch.setattr(module, "CLUSTER_BYTES", 100)
     cluster, calls = Backwards(), list[tuple[int, int]]()
     report = prepare(
         CONFIG, tmp_path / "far", lambda done, total: calls.append((done, total)), cluster
@@ -617,7 +617,7 @@ def test_small_sets_need_no_cluster(toy: type[Toy], tmp_path: Path) -> None:
 def test_a_cluster_does_only_what_is_left(
     toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CLUSTER_ITEMS", 1)
+    monkeypatch.setattr(module, "CLUSTER_BYTES", 1)
 
     def stop(done: int, total: int) -> None:
         if done == 70:
@@ -636,7 +636,7 @@ def test_too_many_rejected_samples_stop_a_cluster(
     toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy.change = break_three
-    monkeypatch.setattr(module, "CLUSTER_ITEMS", 1)
+    monkeypatch.setattr(module, "CLUSTER_BYTES", 1)
     cluster = Backwards()
     with pytest.raises(DataError, match="1 of 120 samples"):
         prepare(CONFIG.model_copy(update={"max_rejected": 0.0}), tmp_path, cluster=cluster)
@@ -782,7 +782,7 @@ def test_media_on_a_cluster_and_a_uri(
 ) -> None:
     """Work and parts are pickled, as they are on the way to other processes."""
     break_cremad(cremad)
-    monkeypatch.setattr(module, "CLUSTER_ITEMS", 1)
+    monkeypatch.setattr(module, "CLUSTER_BYTES", 1)
     config = cremad_config(cremad, max_rejected=0.5, rows_per_shard=4, recipe="official")
     far = Folder.at(f"memory://{tmp_path.name}/cremad")
     cluster = Backwards(lambda value: pickle.loads(pickle.dumps(value)))

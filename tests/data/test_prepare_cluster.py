@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pydantic import BaseModel
 
 from data import prepare as module
 from data.pipeline import work_anywhere
@@ -19,7 +21,7 @@ CONFIG = DataConfig(name="digits", rows_per_shard=200, noise={"image": 0.5})
 
 @pytest.fixture(autouse=True)
 def small_sets_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLUSTER_ITEMS", 1)
+    monkeypatch.setattr(module, "CLUSTER_BYTES", 1)
 
 
 @contextmanager
@@ -39,6 +41,22 @@ def test_a_cluster_makes_the_same_files(one_cpu_ray: None, tmp_path: Path):
     assert seen[-1] == (1797, 1797)
     assert len(seen) > 5  # while it runs, not at its end only
     assert files(tmp_path / "here") == files(tmp_path / "there")
+
+
+class Number(BaseModel):
+    """What `double` returns."""
+
+    value: float
+
+
+def double(array: np.ndarray) -> Number:
+    return Number(value=2 * float(array.sum()))
+
+
+def test_items_may_hold_large_arrays(one_cpu_ray: None):
+    items = [np.full(400_000, n, np.float64) for n in range(3)]
+    found = sorted(result["value"] for result in work_anywhere(double, items))
+    assert found == [0.0, 800_000.0, 1_600_000.0]
 
 
 def test_a_second_call_makes_only_what_is_left(one_cpu_ray: None, tmp_path: Path):

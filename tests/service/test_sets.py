@@ -150,7 +150,7 @@ def test_augmented_clips_are_the_same_after_a_kill(trees: Path, tmp_path: Path):
     flags = (*FLAGS["cremad"], "--data.root", str(trees / "clean" / "cremad"))
     card = last_json(
         midas(
-            *("train", "cremad", *flags, *EPOCHS, "--optim.epochs", "4", "--name", "k", "--json"),
+            *("train", "cremad", *flags, *EPOCHS, "--optim.epochs", "8", "--name", "k", "--json"),
             *("--checkpoint.every-steps", "2", "--chaos", "kill:worker@step=3, kill:driver@step=6"),
             storage=tmp_path,
         )
