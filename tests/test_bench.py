@@ -12,6 +12,24 @@ BENCH = Path(__file__).parent / "bench"
 pytestmark = pytest.mark.ray  # another process, not Ray; the fast part stays fast
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "number"),
+    [
+        ("reading.py", ("--clips", "16", "--rounds", "1"), "shards_over_files_0"),
+        ("decode.py", ("--clips", "2", "--rounds", "1"), "ratio_jpg"),
+        ("storage.py", ("--clips", "16", "--rounds", "1"), "forms"),
+    ],
+)
+def test_data_benches_print_one_json_line(script: str, flags: tuple[str, ...], number: str):
+    done = subprocess.run(
+        [sys.executable, str(BENCH / script), *flags], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result[number]
+    assert result["machine"]["cores"] > 0
+
+
 def test_method_step_prints_one_json_line():
     config = {"encoder": "small_cnn", "rows": 4, "size": 16, "steps": 2, "rounds": 2}
     flags = [text for name, value in config.items() for text in (f"--{name}", str(value))]

@@ -63,6 +63,8 @@ def test_mlflow_has_one_finished_run(trained: dict, storage: Path):
         assert len(client.get_metric_history(run.info.run_id, name)) >= 3
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"alpha.png", "confidences.png", "config.yaml", "result.json"} <= artifacts
+    cards = {item.path for item in client.list_artifacts(run.info.run_id, "data")}
+    assert cards == {"data/card.html", "data/card.md"}
 
 
 def test_finished_run_is_not_run_again_and_a_changed_one_is_refused(trained: dict, storage: Path):

@@ -10,7 +10,8 @@ import pytest
 
 from service.cluster import local_nodes
 from service.files import read_history
-from tests.service.cli import last_json, midas
+from tests.service.cli import SMALL, last_json, midas
+from tests.service.object_store import ENVIRONMENT, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -142,6 +143,23 @@ def test_a_table_of_recipes(cluster: dict[str, str], tmp_path: Path):
     assert (prepared["read"], prepared["rejected"]) == (115, 0)
     result = last_json(midas("train", *command, "--name", "r", storage=tmp_path, **cluster))
     assert 0 < result["test/loss"] < 10
+
+
+def test_a_set_in_an_object_store(tmp_path: Path):
+    """Prepared to S3 and read from there, it trains as from a folder."""
+    short = (*SMALL, "--optim.epochs", "2", "--json")
+    with serving(tmp_path / "objects") as server:
+        kept = ("--data.storage", server.uri)
+        prepared = last_json(
+            midas("prepare", "digits", *kept, "--json", storage=tmp_path, **ENVIRONMENT)
+        )
+        assert prepared["folder"].startswith("s3://bucket/runs/digits-")
+        far = last_json(
+            midas("train", "digits", *kept, *short, "--name", "f", storage=tmp_path, **ENVIRONMENT)
+        )
+    near = last_json(midas("train", "digits", *short, "--name", "n", storage=tmp_path))
+    assert far["loss_chain"] == near["loss_chain"]
+    assert far["data_digest"] == near["data_digest"]
 
 
 @needs_layouts
