@@ -105,4 +105,5 @@ def _compared(results: list[dict[str, Any]], console: "Console") -> dict[str, An
     methods = list(dict.fromkeys(result["method"] for result in results))
     summary = summarize(results)
     console.comparison(summary, methods, len(results) // len(methods))
+    console.status(f"split: {first['split']}")
     return {**summary, "runs": len(results), "split": first["split"]}

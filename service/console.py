@@ -153,7 +153,8 @@ class Console:
             table.add_row(label, *(f"{row[s]:.4f}" if s in row else "" for s in splits))
         self.out.print(table)
         if "seconds" in result:
-            self._places({"time": _clock(result["seconds"])})
+            split = {"split": result["split"]} if "split" in result else {}
+            self._places({"time": _clock(result["seconds"]), **split})
 
     def comparison(
         self, summary: Mapping[str, float], methods: Sequence[str], num_seeds: int

@@ -40,7 +40,13 @@ def evaluate(
     payload |= {"checkpoint": result["checkpoint"], "split": split}
     began = time.monotonic()
     returned = _run("evaluate_worker", config, folder, payload, debug=debug)
-    return {**returned["metrics"], "name": config.name, "seconds": time.monotonic() - began}
+    seconds = time.monotonic() - began
+    return {
+        **returned["metrics"],
+        "name": config.name,
+        "split": result["split"],
+        "seconds": seconds,
+    }
 
 
 def verify(

@@ -176,6 +176,7 @@ RESULT: dict[str, float | str] = {
     "test/accuracy": 0.62346,
     "val/accuracy": 0.7,
     "method": "midas",
+    "split": "grouped, seed 2",
     "data/rows_per_second": 1234.0,
     "mlflow_uri": "sqlite:////runs/mlflow.db",
 }
@@ -196,6 +197,7 @@ def test_summary_has_rows_in_reading_order_and_unbroken_paths() -> None:
         "audio head accuracy 0.5000",
         "audio zero-out accuracy 0.3000",
         "time 0:12:34",
+        "split grouped, seed 2",
         "",
         f"run folder {folder}",
         "MLflow midas ui --storage /store",
