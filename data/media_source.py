@@ -73,8 +73,8 @@ class MediaSource:
                     raise RejectedSample(f"{name}: {error}") from error
             elif not processor.modality.optional:
                 raise RejectedSample(
-                    f"{name} is missing; to keep such samples set "
-                    f"data.modalities.{name}.optional=true"
+                    f"{name} is missing; to keep such samples give "
+                    f"--data.modalities.{name}.optional"
                 )
         return arrays
 

@@ -235,12 +235,15 @@ def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
     from service.config import ConfigError
 
     if args.runs:
-        if args.preset or rest[::2] not in ([], ["--storage"]):
+        parser = argparse.ArgumentParser("midas compare --runs RUN ...", allow_abbrev=False)
+        parser.add_argument("--storage", default="runs", help="folder of the runs")
+        storage = parser.parse_args(rest).storage
+        if args.preset:
             raise ConfigError(
-                f"midas compare --runs takes finished runs and --storage only, not "
-                f"{' '.join([args.preset or '', *rest]).strip()}"
+                f"midas compare {args.preset} --runs names a preset and finished runs; the runs "
+                "have their settings; leave the preset out"
             )
-        return compare_runs(args.runs, rest[1] if rest else "runs", console)
+        return compare_runs(args.runs, storage, console)
     return compare(_config(args, rest), args.methods, args.seeds, console, debug=args.debug)
 
 

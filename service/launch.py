@@ -212,6 +212,8 @@ class _Run:
         )
         self._run_id = ""
         self.attempt = uuid.uuid4().hex
+        # Read now: when the run is closed, nothing of this kind may fail any more.
+        self._cards = {f"data/{name}": data_folder.read(name).decode() for name in CARD_NAMES}
         self.result: dict[str, Any] = {}
 
     def payload(self) -> dict[str, Any]:
@@ -316,7 +318,7 @@ class _Run:
                 for name in (CONFIG_NAME, RESULT_NAME)
                 if (folder / name).is_file()
             }
-            | {f"data/{name}": self._data_folder.read(name).decode() for name in CARD_NAMES},
+            | self._cards,
             checkpoint=f"{checkpoints_uri(self._config)}/{best}" if best else None,
         )
 

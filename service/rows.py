@@ -1,5 +1,6 @@
 """This rank's rows of a prepared data set, as batches on the device."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -132,7 +133,8 @@ class WorkerRows:
             return
         rows = self._manifest.rows(split)
         row_nbytes = self._manifest.row_nbytes(split)
-        size = rows * row_nbytes
+        # Of the rows as the model gets them: float32, also where bytes were delivered.
+        size = rows * sum(4 * math.prod(m.shape) for m in self._manifest.modalities)
         small = split == "val" and size <= EVAL_CACHE_BYTES * world_size()
         kept: list[Batch] = []
         window_rows = (self._config.train.shuffle_window_mib << 20) // row_nbytes

@@ -216,7 +216,7 @@ def test_an_absent_modality_rejects_the_sample_or_is_optional(root: Path) -> Non
     made = source(root)
     item = made.items()[5]
     with pytest.raises(
-        RejectedSample, match=r"sound is missing; .* data\.modalities\.sound\.optional=true"
+        RejectedSample, match=r"sound is missing; .* --data\.modalities\.sound\.optional"
     ):
         made.load(item)
     optional = SETTINGS | {"sound": SETTINGS["sound"] | {"optional": True}}

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from service.cluster import local_nodes
@@ -143,6 +144,31 @@ def test_a_table_of_recipes(cluster: dict[str, str], tmp_path: Path):
     assert (prepared["read"], prepared["rejected"]) == (115, 0)
     result = last_json(midas("train", *command, "--name", "r", storage=tmp_path, **cluster))
     assert 0 < result["test/loss"] < 10
+
+
+def test_a_table_whose_samples_lack_a_modality(cluster: dict[str, str], tmp_path: Path):
+    """Every fourth row has no `w`: it is refused, or kept, counted and masked."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "label": "abc"[n % 3],
+            "v": rng.normal(n % 3, 0.5, 4).tolist(),
+            "w": rng.normal(n % 3, 1.0, 5).tolist() if n % 4 else None,
+        }
+        for n in range(120)
+    ]
+    table = tmp_path / "t.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kinds = [w for m in "vw" for w in (f"--data.modalities.{m}.kind", "vector")]
+    command = ("--manifest", str(table), *kinds, *EPOCHS, "--json")
+    refused = midas("prepare", *command, storage=tmp_path, **cluster)
+    assert refused.returncode == 1
+    assert "--data.modalities.w.optional" in refused.stderr
+    kept = (*command, "--data.modalities.w.optional", "--name", "kept")
+    result = last_json(midas("train", *kept, storage=tmp_path, **cluster))
+    assert 0 < result["test/missing/w"] < 24
+    assert "test/missing/v" not in result
+    assert result["test/accuracy"] > 0.5
 
 
 def test_a_set_in_an_object_store(tmp_path: Path):
