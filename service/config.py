@@ -44,8 +44,16 @@ class TrainConfig(BaseModel):
     """Memory of one shuffle window over all workers, in MiB."""
     eval_every_epochs: int = Field(default=1, ge=1)
     """Epochs between validations; a checkpoint is written before each."""
-    precision: Literal["fp32", "fp64"] = "fp32"
-    """Type of weights and arithmetic; fp64 is for proofs: what differs in it is not rounding."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """Arithmetic of the encoders; all else is fp32. auto takes bf16 where the processor is faster
+    with it. fp64 is for proofs: what differs in it is not rounding."""
+    micro_batches: int = Field(default=1, ge=1)
+    """Parts of a batch that go through the model one after the other, in less memory. Pairs and
+    statistics of BatchNorm are then taken inside each part."""
+    compile: bool = False
+    """Compile the encoders (torch.compile); worth it where a run has many thousands of steps."""
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
+    """Type in which gradients travel between workers."""
     deterministic: bool = False
     """Use only algorithms that repeat bit for bit, also with more than two workers; slower. On CPUs
     with one or two workers a run repeats itself without it."""
@@ -170,7 +178,8 @@ def check(config: RunConfig) -> None:
     """Check settings against each other.
 
     Raises:
-        ConfigError: batch, lanes, workers, pair groups or phases do not fit together.
+        ConfigError: batch, lanes, workers, micro-batches, pair groups, exchange of gradients or
+            phases do not fit together.
     """
     workers, batch, lanes = (
         config.scaling.max_workers,
@@ -183,6 +192,17 @@ def check(config: RunConfig) -> None:
             f"train.lanes={lanes} must be at least scaling.num_workers={workers} and divide "
             f"train.global_batch_size={batch}: every worker owns lanes, and every lane gives the "
             f"same number of rows to a batch; use one of {fits[:8]}, or another batch size"
+        )
+    parts = config.train.micro_batches
+    if batch // lanes % parts:
+        raise ConfigError(
+            f"train.micro_batches={parts} must divide the rows that a lane gives to a batch, "
+            f"train.global_batch_size / train.lanes = {batch // lanes}, so that parts are equal"
+        )
+    if config.train.deterministic and config.train.gradient_compression != "none":
+        raise ConfigError(
+            f"train.gradient_compression={config.train.gradient_compression} adds gradients in an "
+            "order that is not fixed, train.deterministic=True fixes it; give up one of them"
         )
     groups = config.midas.pair_groups
     if config.method == "midas" and lanes % groups:

@@ -24,6 +24,7 @@ class Keeper:
         settings: when to save.
         store: where to.
         pack: (position, notes) -> copy of the state of training.
+        is_hopeless: whether the newest step has come to nothing and is not to be saved.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class Keeper:
         settings: CheckpointConfig,
         store: CheckpointStore,
         pack: Callable[[Position, dict[str, Any]], Packed],
+        is_hopeless: Callable[[], bool],
     ):
         self.best: dict[str, Any] | None = None
         self.candidate: str | None = None
         self.chain = Chain()
         self._settings = settings
         self._pack = pack
+        self._is_hopeless = is_hopeless
         self._writer = CheckpointWriter(store, settings.keep)
         self._pending: list[tuple[int, int, Tensor, Tensor]] = []
         self._saved_steps, self._saved_at = 0, time.monotonic()
@@ -72,7 +75,7 @@ class Keeper:
 
     def save(self, position: Position) -> None:
         """Start to write a checkpoint of this position."""
-        if rank() > 0 or position.steps_done == self._saved_steps:
+        if rank() > 0 or position.steps_done == self._saved_steps or self._is_hopeless():
             return
         records = self._take_records()
         notes = {"best": self.best, "chain": vars(self.chain), "workers": world_size()}

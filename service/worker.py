@@ -36,13 +36,23 @@ from service.storage import CheckpointStore, StorageError, checkpoint_name, retr
 from training import checkpoint as checkpoints
 from training.batch import Batch
 from training.chain import StepRecord, order_text
-from training.distributed import add_in_rank_order, any_rank, from_rank_zero, rank, world_size
+from training.clock import Clock
+from training.delayed import Delayed
+from training.distributed import (
+    any_rank,
+    exchange_gradients,
+    from_rank_zero,
+    from_ranks,
+    rank,
+    world_size,
+)
 from training.encoders import ModalitySpec, build_model
 from training.evaluation import evaluate
 from training.loop import LOSS, ORDER, Hooks, Position, fit
 from training.methods import build_method
-from training.methods.base import EpochData, Method, NonFiniteError
+from training.methods.base import HOPELESS, EpochData, Method, NonFiniteError
 from training.optim import build_optimizer, build_schedule
+from training.precision import Precision, best_precision
 
 log = logging.getLogger(__name__)
 
@@ -227,22 +237,42 @@ class _State:
         self.device = ray.train.torch.get_device()
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not config.train.deterministic
+        torch.set_num_threads(config.scaling.cpus_per_worker)
         self.rows = WorkerRows(config, self.manifest, payload["data_folder"], self.device)
         self.method = make_method(config, self.manifest).to(self.device)
-        if config.train.precision == "fp64":
-            self.method.double()
+        self.method.use(self._precision())
+        self.method.micro_batches = config.train.micro_batches
+        self.method.clock = Clock(self.device)
+        if config.train.compile:
+            for encoder in self.method.model.encoders.children():
+                encoder.body.compile()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         self.optimizer = build_optimizer(config.optim, self.method)
         self.schedule = build_schedule(config.optim, self.optimizer, config.warmup_epochs)
         self.store = CheckpointStore.at(payload["checkpoints"])
 
+    def _precision(self) -> Precision:
+        """The one that is set, or the best that all ranks are good at."""
+        if self.config.train.precision != "auto":
+            return self.config.train.precision
+        best = set(from_ranks(best_precision(self.device, self.method.model)))
+        return best.pop() if len(best) == 1 else "fp32"
+
+    def _keep_precision(self, notes: dict[str, Any]) -> None:
+        """A run goes on, and is evaluated, as it began, on whatever machine."""
+        if self.config.train.precision == "auto":
+            self.method.model.precision = notes["precision"]
+
     def load(self, name: str) -> tuple[Position, dict[str, Any]]:
         """Restore a checkpoint; returns its position and notes."""
         files, where = self._read(name), self.store.where(name)
-        return checkpoints.load(files, where, self.method, self.optimizer, self.schedule)
+        found = checkpoints.load(files, where, self.method, self.optimizer, self.schedule)
+        self._keep_precision(found[1])
+        return found
 
     def widen(self) -> None:
         """Go on in double precision from single-precision state."""
-        self.method.double()
+        self.method.use("fp64")
         for state in self.optimizer.state.values():
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
@@ -251,13 +281,15 @@ class _State:
     def load_weights(self, name: str) -> None:
         """Restore parameters and buffers only."""
         files = self._read(name, checkpoints.WEIGHTS_FILES)
-        checkpoints.load_weights(files, self.store.where(name), self.method)
+        notes = checkpoints.load_weights(files, self.store.where(name), self.method)
+        self._keep_precision(notes)
 
     def _read(self, name: str, wanted: Collection[str] | None = None) -> dict[str, bytes]:
         return retried(lambda: self.store.load(name, wanted), f"reading checkpoint {name}")
 
     def pack(self, position: Position, notes: dict[str, Any]) -> checkpoints.Packed:
         """Copy the state of training."""
+        notes = notes | {"precision": self.method.model.precision}
         return checkpoints.pack(self.method, self.optimizer, self.schedule, position, notes)
 
     def fit(self, hooks: Hooks, position: Position) -> None:
@@ -271,12 +303,23 @@ class _State:
 
     def wrap(self, method: Method) -> nn.Module:
         """The method inside DDP, if there are other ranks."""
-        # Buffers: running statistics are not read in training, the loop synchronises them every
-        # epoch, and what steers a method is equal on every rank by construction.
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        wrapped = ray.train.torch.prepare_model(method, parallel_strategy_kwargs=options)
-        if self.config.train.deterministic and isinstance(wrapped, DistributedDataParallel):
-            add_in_rank_order(wrapped)
+        train = self.config.train
+        wrapped = ray.train.torch.prepare_model(
+            method,
+            parallel_strategy_kwargs={
+                # Running statistics are not read in training, the loop synchronises them every
+                # epoch, and what steers a method is equal on every rank by construction.
+                "broadcast_buffers": False,
+                "gradient_as_bucket_view": True,
+            },
+        )
+        if isinstance(wrapped, DistributedDataParallel):
+            exchange_gradients(
+                wrapped,
+                in_rank_order=train.deterministic,
+                compression=train.gradient_compression,
+                launched=lambda: method.clock.mark("backward"),
+            )
         return wrapped
 
     def evaluate(self, chunks: Iterable[Batch], *, subsets: bool) -> dict[str, float]:
@@ -337,7 +380,8 @@ class _Training:
 
     def __init__(self, payload: dict[str, Any]):
         self._state = state = _State(payload)
-        self._keeper = Keeper(state.config.checkpoint, state.store, state.pack)
+        self._delayed = Delayed()
+        self._keeper = Keeper(state.config.checkpoint, state.store, state.pack, self._is_hopeless)
         self._folder = Path(payload["run_folder"])
         self._tracking = payload["tracking"]
         self._attempt: str = payload["attempt"]
@@ -453,9 +497,23 @@ class _Training:
             self._record()
         self._faults.strike(position.steps_done)
         self._heed_notice(position)
-        asked = torch.stack([signals[name] for name in (STOP, LEAVE, FAILED)]).tolist()
-        if any(asked):
-            self._interrupt(position, *asked)
+        asked = torch.stack([signals[name] for name in (STOP, LEAVE, FAILED, HOPELESS, LOSS)])
+        self._obey(position, self._delayed.put(asked))
+
+    def _obey(self, position: Position, asked: list[float] | None) -> None:
+        """Do what a step's signals ask for; the same on every rank."""
+        if asked is None:
+            return
+        stop, leaves, failed, hopeless, loss = asked
+        if hopeless:
+            raise NonFiniteError(loss)
+        if stop or leaves or failed:
+            self._interrupt(position, stop, leaves, failed)
+
+    def _is_hopeless(self) -> bool:
+        """Whether the newest step must not be saved."""
+        asked = self._delayed.peek()
+        return asked is not None and bool(asked[3])
 
     def _interrupt(self, position: Position, stop: float, leaves: float, failed: float) -> None:
         """All ranks are here, after the same step: save, then end."""
@@ -469,6 +527,7 @@ class _Training:
 
     def _on_trained(self, position: Position, validates: bool) -> None:
         """Save the weights that will be validated: the candidate for the best checkpoint."""
+        self._obey(position, self._delayed.flush())
         if self._reporter and validates:
             self._reporter.phase(VALIDATION_PHASE, position.epoch)
         if validates:
@@ -515,6 +574,7 @@ class _Training:
         return {
             "metrics": {**best["metrics"], **tested, "best_epoch": best["epoch"]},
             "checkpoint": best["name"],
+            "precision": self._state.method.model.precision,
             "order_chain": chain.order,
             "loss_chain": chain.loss,
         }

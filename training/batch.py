@@ -4,7 +4,7 @@ Shapes: B rows of this rank's part of the global batch, M modalities in the orde
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Batch:
             depend on the number of workers, so whatever is grouped by lane does not either.
         num_lanes: number of lanes of the global order.
         global_rows: rows of the whole global batch, over all ranks.
+        lane_rows: rows of every lane in the global batch, if the reader knows them: pairing and
+            micro-batches then need not ask the other ranks, nor wait for the device.
         keep: (B, M) bool, modalities that a `Resampling` keeps; None keeps all.
         present: (B, M) bool, modalities that a row has; None, on every rank, if all have all.
         carried: the loop's own numbers, added over ranks together with those of the method.
@@ -36,6 +38,7 @@ class Batch:
     global_rows: int
     keep: Tensor | None = None
     present: Tensor | None = None
+    lane_rows: tuple[int, ...] | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -44,6 +47,39 @@ class Batch:
         if self.present is None:
             return torch.ones_like(self.label, dtype=torch.bool)
         return self.present.all(dim=1)
+
+    def micro_batches(self, count: int) -> "list[Batch]":
+        """The batch dealt to at most `count` smaller ones: row i of every lane goes to i mod count.
+
+        Which rows are together does not depend on the number of ranks. Only the first carries the
+        loop's numbers.
+        """
+        if count == 1:
+            return [self]
+        assert self.lane_rows is not None, "the reader of training rows gives them"
+        lane = self.lane.contiguous()
+        place = torch.arange(len(lane), device=lane.device) - torch.searchsorted(lane, lane)
+        parts = []
+        for part in range(count):
+            lane_rows = tuple(len(range(part, rows, count)) for rows in self.lane_rows)
+            if sum(lane_rows):
+                carried = self.carried if part == 0 else {}
+                rows = self._rows(place % count == part)
+                parts.append(
+                    replace(rows, global_rows=sum(lane_rows), lane_rows=lane_rows, carried=carried)
+                )
+        return parts
+
+    def _rows(self, wanted: Tensor) -> "Batch":
+        return replace(
+            self,
+            inputs={name: value[wanted] for name, value in self.inputs.items()},
+            label=self.label[wanted],
+            sample_id=self.sample_id[wanted],
+            lane=self.lane[wanted],
+            keep=None if self.keep is None else self.keep[wanted],
+            present=None if self.present is None else self.present[wanted],
+        )
 
 
 @dataclass(frozen=True)
@@ -55,16 +91,19 @@ class Progress:
         epoch: 0-based epoch.
         step: 0-based step inside the epoch.
         num_epochs: epochs of the whole run.
+        part: 0-based micro-batch of the step.
     """
 
     seed: int
     epoch: int
     step: int
     num_epochs: int
+    part: int = 0
 
     def stream_seed(self, *stream: int | str) -> int:
-        """A 63-bit seed from (seed, epoch, step, *stream); equal on every rank."""
-        text = repr((self.seed, self.epoch, self.step, *stream)).encode()
+        """A 63-bit seed from (seed, epoch, step, part, *stream); equal on every rank."""
+        part = (f"part {self.part}",) if self.part else ()
+        text = repr((self.seed, self.epoch, self.step, *part, *stream)).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
     def generator(self, *stream: int | str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -59,14 +59,15 @@ def synchronise(module: nn.Module) -> None:
 
 def _global_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (C,) and biased variance (C,) over all ranks' elements, and N, (), all float64."""
-    rows = input.detach()
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    own = rows.new_zeros(2 * rows.shape[1] + 1, dtype=torch.float64)
-    if rows.numel():
-        var_C, mean_C = torch.var_mean(rows, dim=_all_but_channels(rows), correction=0)
-        own = torch.cat([mean_C, var_C, mean_C.new_tensor([rows.numel() // rows.shape[1]])])
-    table = gather_rows(own[None].double(), [1] * world_size())
-    mean_WC, var_WC, count_W1 = table.tensor_split([rows.shape[1], 2 * rows.shape[1]], dim=1)
+    own = torch.zeros(2 * input.shape[1] + 1, dtype=torch.float64, device=input.device)
+    if input.numel():
+        # Ten to thirty times as fast as var_mean on CPUs; it answers in the type of what it tracks.
+        tracked = input.new_zeros(2, input.shape[1], dtype=_wide(input))
+        mean_C, var_C = torch.ops.aten.batch_norm_update_stats(input.detach(), *tracked, 0.0)
+        count = own.new_tensor([input.numel() // input.shape[1]])
+        own = torch.cat([mean_C.double(), var_C.double(), count])
+    table = gather_rows(own[None], [1] * world_size())
+    mean_WC, var_WC, count_W1 = table.split([input.shape[1], input.shape[1], 1], dim=1)
     count = count_W1.sum()
     mean_C = (mean_WC * count_W1).sum(dim=0) / count
     var_C = ((var_WC + (mean_WC - mean_C).square()) * count_W1).sum(dim=0) / count
@@ -114,10 +115,6 @@ class _Normalise(torch.autograd.Function):
         grad = grad.addcmul_(input, slope_C.to(grad.dtype).reshape(shape))
         grad = grad.add_(shift_C.to(grad.dtype).reshape(shape))
         return grad, grad_weight_C, grad_bias_C, None, None, None, None
-
-
-def _all_but_channels(rows: Tensor) -> list[int]:
-    return [dim for dim in range(rows.dim()) if dim != 1]
 
 
 def _wide(input: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
@@ -27,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from training.loop import Position
 from training.methods.base import Method, Resampling
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 POSITION_NAME = "position.safetensors"
@@ -128,20 +129,25 @@ def load(
     restored = _unpack_optimizer(where, optimizer, method, tensors, state["optimizer"])
     position = _read_position(_read_tensors(files, where, POSITION_NAME, state), state, method)
     optimizer.load_state_dict(restored)
+    _lay_out_like_parameters(optimizer)
     scheduler.load_state_dict(state["scheduler"])
     method.load_state_dict(weights)
     return position, state["notes"]
 
 
-def load_weights(files: Mapping[str, bytes], where: str, method: Method) -> None:
-    """Restore parameters and buffers only, from WEIGHTS_FILES; raises like `load`."""
+def load_weights(files: Mapping[str, bytes], where: str, method: Method) -> dict[str, Any]:
+    """Restore parameters and buffers only, from WEIGHTS_FILES; returns the notes.
+
+    Raises like `load`.
+    """
     state = _read_state(files, where)
     weights = _read_tensors(files, where, MODEL_NAME, state)
     _check_weights(where, method, weights)
     method.load_state_dict(weights)
+    return state["notes"]
 
 
-_POSITION_VALUES = ("epoch", "step", "steps_done", "seconds", "waited")
+_POSITION_VALUES = ("epoch", "step", "steps_done", "seconds")
 
 
 def _position_tensors(position: Position) -> dict[str, Tensor]:
@@ -235,6 +241,14 @@ def _unpack_optimizer(
         for saved, own in zip(packed["param_groups"], own_groups, strict=True)
     ]
     return {"state": state, "param_groups": groups}
+
+
+def _lay_out_like_parameters(optimizer: Optimizer) -> None:
+    """Give state the memory layout of its parameter: fused kernels go by places in memory."""
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entry[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _like(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

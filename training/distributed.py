@@ -1,10 +1,15 @@
 """The one place that talks to torch.distributed; alone, everything here is the identity."""
 
-from typing import Any
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -22,25 +27,58 @@ def world_size() -> int:
     return dist.get_world_size() if _active() else 1
 
 
-def reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add tensors over ranks in a single fp64 all-reduce.
+class Exchanges:
+    """Time that this process has waited for others inside forward and backward passes.
+
+    Collectives on a GPU return at once, and nothing is counted.
+
+    Attributes:
+        seconds: since the process began.
+    """
+
+    seconds = 0.0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the body."""
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
+
+exchanges = Exchanges()
+
+
+class PendingSums:
+    """Sums on their way through an all-reduce that goes on beside other work.
 
     Args:
         sums: name -> tensor of any shape; the same names, order and shapes on every rank.
-
-    Returns:
-        name -> fp64 tensor of the same shape, equal on every rank.
     """
+
+    def __init__(self, sums: dict[str, Tensor]):
+        self._shapes = {name: value.shape for name, value in sums.items()}
+        self._flat = torch.cat([value.detach().double().reshape(-1) for value in sums.values()])
+        alone = world_size() == 1
+        self._work = None if alone else dist.all_reduce(self._flat, async_op=True)
+
+    def wait(self) -> dict[str, Tensor]:
+        """name -> fp64 tensor of the same shape, added over ranks, equal on every rank."""
+        if self._work is not None:
+            self._work.wait()
+        parts = self._flat.split([shape.numel() for shape in self._shapes.values()])
+        return {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+
+def reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add tensors over ranks in a single fp64 all-reduce; see `PendingSums`."""
     if not sums:
         return {}
-    flat = torch.cat([value.detach().double().reshape(-1) for value in sums.values()])
-    if world_size() > 1:
-        dist.all_reduce(flat)
-    parts = flat.split([value.numel() for value in sums.values()])
-    return {
-        name: part.reshape(value.shape)
-        for (name, value), part in zip(sums.items(), parts, strict=True)
-    }
+    with exchanges.counted():
+        return PendingSums(sums).wait()
 
 
 def from_rank_zero(value: Any) -> Any:
@@ -52,13 +90,18 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
+def from_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; for small things that torch can pickle."""
+    values = [value]
+    if world_size() > 1:
+        values *= world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is so on some rank; the same answer on every rank."""
-    if world_size() == 1:
-        return flag
-    flags: list[bool] = [False] * world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    return any(from_ranks(flag))
 
 
 def sync_buffers(module: nn.Module) -> None:
@@ -81,13 +124,15 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        with exchanges.counted():
+            dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
+        with exchanges.counted():
+            dist.all_reduce(total)
         return total.split(ctx.counts)[rank()], None
 
 
@@ -114,26 +159,58 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     return rows if world_size() == 1 else _Gather.apply(rows, counts)
 
 
-def add_in_rank_order(wrapped: DistributedDataParallel) -> None:
-    """Make DDP add the gradients of ranks 0, 1, 2, ... in this order.
+def without_exchange(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Context in which the backward pass adds to gradients without averaging them over ranks."""
+    alone = not isinstance(wrapped, DistributedDataParallel)
+    return contextlib.nullcontext() if alone else wrapped.no_sync()
 
-    An all-reduce over more than two ranks adds in an order that depends on where a gradient lies
-    in its bucket, and DDP lays the buckets out anew after the first step of a process: a resumed
-    run would round differently. Costs the traffic of an all-gather.
+
+Compression = Literal["none", "bf16", "fp16"]
+
+
+def exchange_gradients(
+    wrapped: DistributedDataParallel,
+    *,
+    in_rank_order: bool,
+    compression: Compression,
+    launched: Callable[[], None],
+) -> None:
+    """Set how DDP averages gradients; once, before the first step.
+
+    Args:
+        wrapped: the method inside DDP.
+        in_rank_order: add the gradients of ranks 0, 1, 2, ... in this order. An all-reduce over
+            more than two ranks adds in an order that depends on where a gradient lies in its
+            bucket, and DDP lays the buckets out anew after the first step of a process: a resumed
+            run would round differently. Costs the traffic of an all-gather.
+        compression: type in which gradients travel and are added; not with `in_rank_order`.
+        launched: called when a bucket is full and about to travel.
     """
+    hooks = {
+        "none": default_hooks.allreduce_hook,
+        "bf16": default_hooks.bf16_compress_hook,
+        "fp16": default_hooks.fp16_compress_hook,
+    }
+    plain, group = hooks[compression], wrapped.process_group
+    assert group is not None
 
-    def hook(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
-        own = bucket.buffer()
-        parts = [torch.empty_like(own) for _ in range(world_size())]
-        work = dist.all_gather(parts, own, async_op=True)
-        assert work is not None
-
-        def mean(done: torch.futures.Future[list[Tensor]]) -> Tensor:
-            total = parts[0]
-            for part in parts[1:]:
-                total += part
-            return total.div_(world_size())
-
-        return work.get_future().then(mean)
+    def hook(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        launched()
+        return _add_in_rank_order(bucket) if in_rank_order else plain(group, bucket)
 
     wrapped.register_comm_hook(None, hook)
+
+
+def _add_in_rank_order(bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    own = bucket.buffer()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    work = dist.all_gather(parts, own, async_op=True)
+    assert work is not None
+
+    def mean(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total.div_(world_size())
+
+    return work.get_future().then(mean)

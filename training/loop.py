@@ -6,10 +6,13 @@ the steps after it depend on.
 """
 
 import gc
+import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +21,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from training.batch import Batch, Progress
 from training.chain import order_digest
-from training.distributed import rank, sync_buffers
-from training.methods.base import EpochData, Method, Resampling
+from training.clock import STEP, Clock, percentiles
+from training.distributed import exchanges, from_ranks, rank, sync_buffers
+from training.methods.base import FINITE, HOPELESS, EpochData, Method, Resampling
 
 ORDER = "step/order"
 LOSS = "step/loss"
+# Share of the steps' time -> mark of the clock.
+SHARES = {
+    "wait": "wait",
+    "prepare": "prepare",
+    "exchange": "exchange",
+    "optimizer": "optimizer",
+    "report": STEP,
+}
 
 
 @dataclass
@@ -34,7 +46,7 @@ class Position:
         step: steps of it that are done.
         steps_done: steps of the whole run that are done.
         totals: sums over the steps of the epoch, reduced over ranks.
-        seconds: time these steps took, and `waited` seconds of it for data.
+        seconds: time these steps took.
         resampling: the epoch's rows, if they are not every row once.
     """
 
@@ -43,7 +55,6 @@ class Position:
     steps_done: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
-    waited: float = 0.0
     resampling: Resampling | None = None
 
     def add(self, sums: dict[str, Tensor]) -> None:
@@ -67,7 +78,8 @@ class Hooks:
         data: fresh passes over train and validation rows for `Method.before_epoch`.
         signals: -> this rank's numbers that a step is to add over ranks, by name.
         on_step: called after every step with the position behind it and the step's reduced
-            signals, with ORDER (see chain.order_digest) and LOSS, the mean over the batch.
+            signals, with ORDER (see chain.order_digest), LOSS, the mean over the batch, and
+            HOPELESS (see Method.train_step).
         on_trained: called when the steps of an epoch are done, before `validate` if it is due.
         validate: -> metrics of the validation split, equal on every rank.
         on_epoch: called after every epoch with the epoch and its metrics, on every rank.
@@ -118,7 +130,7 @@ def fit(
             "lr": scheduler.get_last_lr()[0],
             "main_phase": float(method.is_main_phase(epoch)),
         }
-        _train_steps(method, wrapped, optimizer, hooks, position, start)
+        metrics |= _train_steps(method, wrapped, optimizer, hooks, position, start)
         metrics |= _epoch_metrics(method, position)
         validates = (epoch + 1) % eval_every_epochs == 0 or epoch + 1 == num_epochs
         hooks.on_trained(position, validates)
@@ -141,35 +153,75 @@ def _train_steps(
     hooks: Hooks,
     position: Position,
     start: Progress,
-) -> None:
-    """The steps of an epoch that are left."""
+) -> dict[str, float]:
+    """Take the steps of an epoch that are left; returns their speed."""
     method.train()
+    clock, rows, exchanged = method.clock, 0, exchanges.seconds
     batches = hooks.train_batches(position.epoch, position.resampling, position.step)
-    while True:
-        asked = time.monotonic()
-        batch = next(batches, None)
-        waited = time.monotonic() - asked
-        if batch is None:
-            break
+    clock.reset()
+    began = time.monotonic()
+    while (batch := next(batches, None)) is not None:
+        clock.mark("wait")
         progress = replace(start, step=position.step)
         torch.manual_seed(progress.stream_seed("torch", rank()))  # dropout and the like
         carried = hooks.signals() | {ORDER: order_digest(batch)}
         batch = replace(batch, carried=carried)
         sums = method.train_step(wrapped, batch, optimizer, progress)
-        reduced = {name: sums.pop(name) for name in carried}
+        reduced = {name: sums.pop(name) for name in (*carried, HOPELESS) if name in sums}
         position.add(sums)
-        position.waited += waited
-        position.seconds += time.monotonic() - asked
+        now = time.monotonic()
+        position.seconds, began = position.seconds + now - began, now
         hooks.on_step(position, reduced | {LOSS: sums["loss_sum"] / sums["rows"]})
+        rows += batch.global_rows
+        clock.mark(STEP)
+    return _speed_metrics(clock, rows, exchanges.seconds - exchanged)
 
 
 def _epoch_metrics(method: Method, position: Position) -> dict[str, float]:
     """Metrics of an epoch's steps, from sums that were reduced once per step."""
-    totals, seconds = position.totals, position.seconds
-    return {
+    totals = position.totals
+    metrics = {
         "train/loss": float(totals["loss_sum"] / totals["rows"]),
         **method.epoch_metrics(totals),
-        "data/rows_per_second": float(totals["rows"]) / seconds,
-        "data/wait_share": position.waited / seconds,
-        "time/step_seconds": (seconds - position.waited) / position.step,
     }
+    if method.loss_scale is not None:
+        metrics["train/skipped_steps"] = position.step - float(totals[FINITE])
+        metrics["train/loss_scale"] = float(method.loss_scale.factor)
+    return metrics
+
+
+def _speed_metrics(clock: Clock, rows: int, exchanged: float) -> dict[str, float]:
+    """Speed of the steps that this process took in an epoch, over all ranks.
+
+    Args:
+        clock: of these steps.
+        rows: of their global batches.
+        exchanged: seconds spent in exchanges inside forward and backward passes.
+    """
+    clock.settle()
+    if not clock.steps:
+        return {}
+    total = sum(clock.steps)
+    own = {f"speed/{name}_share": clock.seconds[mark] / total for name, mark in SHARES.items()}
+    own["speed/exchange_share"] += exchanged / total
+    own |= _peak_memory()
+    ranks: list[dict[str, float]] = from_ranks(own)
+    p50, p95 = percentiles(clock.steps)
+    return {
+        "speed/samples_per_second": rows / total,
+        "speed/step_p50_seconds": p50,
+        "speed/step_p95_seconds": p95,
+        **{
+            name: (max if name.startswith("memory/") else fmean)(rank[name] for rank in ranks)
+            for name in own
+        },
+    }
+
+
+def _peak_memory() -> dict[str, float]:
+    """MiB that this process has held at most, and had allocated on its GPU."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    peaks = {"memory/peak_mib": resident / (2**20 if sys.platform == "darwin" else 2**10)}
+    if torch.cuda.is_available():
+        peaks["memory/peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks

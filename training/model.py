@@ -6,6 +6,8 @@ Shapes: B rows, D_m features of modality m, C classes.
 import torch
 from torch import Tensor, nn
 
+from training.precision import Precision, autocast
+
 
 class MultimodalModel(nn.Module):
     """Encoders shared by unimodal heads and a fusion head (methods.md section 1).
@@ -19,12 +21,14 @@ class MultimodalModel(nn.Module):
         encoders: ModuleDict by modality.
         heads: ModuleDict by modality, (B, D_m) -> (B, C).
         fusion: (B, sum D_m) -> (B, C), modalities concatenated in the order of `modalities`.
+        precision: of the arithmetic inside encoders; features have the type of the weights.
     """
 
     def __init__(self, encoders: dict[str, nn.Module], num_classes: int, head_hidden: int = 0):
         super().__init__()
         self.modalities = tuple(encoders)
         self.num_classes = num_classes
+        self.precision: Precision = "fp32"
         self.encoders = nn.ModuleDict(encoders)
         widths = {name: int(encoder.out_features) for name, encoder in encoders.items()}  # pyright: ignore[reportArgumentType]
         self.heads = nn.ModuleDict(
@@ -40,7 +44,10 @@ class MultimodalModel(nn.Module):
                 rank runs every encoder; BatchNorm counts them.
             present: (B, M) bool; features of absent modalities are zeros. None: all are there.
         """
-        features = {name: self.encoders[name](inputs[name]) for name in self.modalities}
+        weight = next(self.parameters())
+        with autocast(self.precision, weight.device):
+            encoded = {name: self.encoders[name](inputs[name]) for name in self.modalities}
+        features = {name: value.to(weight.dtype) for name, value in encoded.items()}
         if present is None:
             return features
         return {

@@ -40,14 +40,20 @@ class OptimConfig(BaseModel):
 
 
 def build_optimizer(config: OptimConfig, method: Method) -> torch.optim.Optimizer:
-    """Optimizer over `method.parameter_groups()`; a group may override lr and the like."""
+    """Fused optimizer over `method.parameter_groups()`; a group may override lr and the like."""
     groups = method.parameter_groups()
     lr, weight_decay = config.lr, config.weight_decay
     if config.name == "adam":
-        return torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay)
+        return torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, fused=True)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, weight_decay=weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    sgd = torch.optim.SGD(
+        groups, lr=lr, momentum=config.momentum, weight_decay=weight_decay, fused=True
+    )
+    if config.momentum > 0:  # fused SGD cannot have some of them; zeros change nothing
+        for parameter in (p for group in sgd.param_groups for p in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def build_schedule(

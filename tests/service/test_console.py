@@ -177,7 +177,7 @@ RESULT: dict[str, float | str] = {
     "val/accuracy": 0.7,
     "method": "midas",
     "split": "grouped, seed 2",
-    "data/rows_per_second": 1234.0,
+    "speed/samples_per_second": 1234.0,
     "mlflow_uri": "sqlite:////runs/mlflow.db",
 }
 

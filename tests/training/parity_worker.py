@@ -20,7 +20,14 @@ from tests.training.toys import (
 )
 from training.batch import Batch
 from training.batchnorm import SyncBatchNorm
-from training.distributed import gather_rows, rank, reduce_sums, row_counts, world_size
+from training.distributed import (
+    exchange_gradients,
+    gather_rows,
+    rank,
+    reduce_sums,
+    row_counts,
+    world_size,
+)
 from training.loop import Hooks, Position, fit
 from training.methods.base import EpochData, Method
 
@@ -53,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
         "pair_groups": 2,
         "variant": "official_code",
     },
+    "midas_micro_batches": {"name": "midas", "micro_batches": 2, "batchnorm": True},
+    "midas_known_lanes": {"name": "midas", "micro_batches": 1, "pair_groups": 2},
 }
 
 
@@ -93,19 +102,63 @@ def own_part(batch: Batch) -> Batch:
     )
 
 
+def with_lane_rows(batch: Batch) -> Batch:
+    """The whole batch, with the rows of every lane."""
+    rows = torch.bincount(batch.lane, minlength=batch.num_lanes).tolist()
+    return replace(batch, lane_rows=tuple(rows))
+
+
 def wrap(method: Method) -> nn.Module:
-    return DistributedDataParallel(method) if world_size() > 1 else method
+    """With gradients exchanged as Ray workers do it."""
+    if world_size() == 1:
+        return method
+    wrapped = DistributedDataParallel(method)
+    exchange_gradients(
+        wrapped,
+        in_rank_order=False,
+        compression="none",
+        launched=lambda: method.clock.mark("backward"),
+    )
+    return wrapped
 
 
-def train(name: str, num_modalities: int = 2, missing: bool = False, **midas) -> dict[str, Any]:
+def compressed() -> dict[str, Tensor]:
+    """Gradients of one step, averaged in half precision."""
+    grads = {}
+    for kind in ("none", "bf16", "fp16"):
+        method = tiny_method("joint")
+        wrapped: nn.Module = method
+        if world_size() > 1:
+            wrapped = DistributedDataParallel(method)
+            exchange_gradients(
+                wrapped, in_rank_order=False, compression=kind, launched=lambda: None
+            )
+        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+        method.train_step(wrapped, own_part(random_batch(0, 12)), optimizer, START)
+        grads[kind] = torch.cat(
+            [p.grad.flatten() for p in method.parameters() if p.grad is not None]
+        )
+    return grads
+
+
+def train(
+    name: str,
+    num_modalities: int = 2,
+    missing: bool = False,
+    micro_batches: int | None = None,
+    **midas,
+) -> dict[str, Any]:
     """State before and after 20 steps, metrics of the epochs, alpha after every epoch."""
     method = tiny_method(name, num_modalities, warmup_epochs=WARMUP_EPOCHS, **midas).double()
+    method.micro_batches = micro_batches or 1
     before = {key: value.clone() for key, value in method.state_dict().items()}
     optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1, momentum=0.9)
     metrics, steps = [], []
 
     def batches(epoch: int) -> Iterator[Batch]:
-        return iter([own_part(batch) for batch in global_batches(num_modalities, missing)])
+        whole = global_batches(num_modalities, missing)
+        known = whole if micro_batches is None else map(with_lane_rows, whole)
+        return iter([own_part(batch) for batch in known])
 
     fit(
         method,
@@ -197,6 +250,7 @@ def run_cases() -> dict[str, Any]:
     results: dict[str, Any] = {name: train(**case) for name, case in CASES.items()}
     results["vector_c"] = {labels: vector_c(labels) for labels in ((0, 1, 2, 1), (0, 0, 2, 1))}
     results["collectives"] = {n: collectives(pair_groups=n) for n in (1, 2)}
+    results["compressed"] = compressed()
     results["batchnorm"] = {dtype: batchnorm(dtype) for dtype in (torch.float32, torch.float64)}
     return results | {"gather": gather_gradient()}
 

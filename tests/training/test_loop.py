@@ -159,8 +159,8 @@ def test_train_loss_is_the_mean_over_rows_not_over_batches():
             logits = method.model.fuse(method.model.encode(batch.inputs))
             total += nn.functional.cross_entropy(logits, batch.label, reduction="sum").item()
         assert history[epoch]["train/loss"] == pytest.approx(total / sum(BATCH_ROWS), abs=1e-6)
-        assert history[epoch]["data/rows_per_second"] > 0
-        assert 0 <= history[epoch]["data/wait_share"] <= 1
+        assert history[epoch]["speed/samples_per_second"] > 0
+        assert 0 <= history[epoch]["speed/wait_share"] <= 1
 
 
 def test_steps_report_position_sums_and_signals():
@@ -274,7 +274,7 @@ class Attempt:
                 raise Stop
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-            timings = ("time/", "data/")
+            timings = ("time/", "speed/", "memory/")
             self.history.append({k: v for k, v in metrics.items() if not k.startswith(timings)})
 
         hooks = Hooks(

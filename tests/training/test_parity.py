@@ -12,7 +12,7 @@ from training.chain import order_text
 from training.loop import LOSS, ORDER
 from training.methods import METHODS
 
-TIMINGS = ("time/", "data/")
+TIMINGS = ("time/", "speed/", "memory/")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,16 @@ def test_the_runs_did_something(case, one):
         assert any(".fusion." in key for key in moved)
         means = [v for m in run["metrics"] for k, v in m.items() if k.startswith("alpha_mean/")]
         assert max(means) > 1
+
+
+def test_gradients_that_travel_in_half_precision(one, two):
+    exact = one["compressed"]["none"]
+    for ranks in two:
+        got = ranks["compressed"]
+        torch.testing.assert_close(got["none"], exact)
+        for kind, tolerance in (("bf16", 2**-7), ("fp16", 2**-9)):
+            assert not torch.equal(got[kind], exact)
+            torch.testing.assert_close(got[kind], exact, rtol=tolerance, atol=1e-3)
 
 
 def test_gathered_rows_pass_gradients_back(one, two):

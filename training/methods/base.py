@@ -10,7 +10,7 @@ The loop runs, for every epoch,
 
 and the default `train_step` is
 
-    zero_grad -> wrapped(batch, progress) -> backward -> reduce sums -> after_backward -> step
+    zero_grad -> wrapped(batch, progress) -> reduce sums, backward -> after_backward -> step
         -> after_step
 
 `wrapped` is the method inside DDP (or the method itself when alone): everything that learns or
@@ -18,7 +18,7 @@ steers lives in it as a parameter or a buffer, and `state_dict()` is all a metho
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,14 +26,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.batch import Batch, Progress, StepOutput
-from training.distributed import reduce_sums, world_size
+from training.clock import Clock
+from training.distributed import PendingSums, without_exchange, world_size
 from training.model import MultimodalModel
+from training.precision import LossScale, Precision
 
 IGNORED_LABEL = -100  # rows with it add nothing to torch's cross-entropy
+# Sums of every step: whether the optimizer moved, and whether training cannot go on.
+FINITE, HOPELESS = "finite", "hopeless"
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient is not finite; raised on every rank before the optimizer moves."""
+    """Loss or gradient is not finite; raised on every rank, and the optimizer has not moved.
+
+    Args:
+        loss: mean training loss of the step.
+    """
+
+    def __init__(self, loss: float):
+        super().__init__(
+            f"training loss is {loss:g}; loss and gradients must be finite on every rank, so "
+            "the run stopped before the optimizer moved; look for NaN in the data "
+            "(midas prepare reports rejected rows) or lower optim.lr"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,16 @@ class Method(nn.Module):
         super().__init__()
         self.model = model
         self.warmup_epochs = warmup_epochs
+        self.micro_batches = 1
+        self.clock = Clock()
+        self.loss_scale: LossScale | None = None
+
+    def use(self, precision: Precision) -> None:
+        """Compute in this precision; to be called before the optimizer is made."""
+        self.model.precision = precision
+        self.loss_scale = LossScale() if precision == "fp16" else None
+        if precision == "fp64":
+            self.double()
 
     def is_main_phase(self, epoch: int) -> bool:
         """Whether `epoch` counts for model selection."""
@@ -120,26 +145,74 @@ class Method(nn.Module):
             NonFiniteError: loss or gradient is not finite on some rank; nothing has moved.
         """
         optimizer.zero_grad(set_to_none=True)
-        output: StepOutput = wrapped(batch, progress)
-        output.loss.backward()
-        sums = reduce_sums(output.sums)
-        self.check_finite(sums)
+        sums = self._gradients(wrapped, batch, progress)
+        finite = self._unscale_and_check(sums)
+        sums[FINITE] = finite.double()
         self.after_backward(sums, progress)
-        optimizer.step()
+        _step_if(finite, optimizer)
         self.after_step(sums, progress)
+        self.clock.mark("optimizer")
         return sums
 
-    def check_finite(self, sums: dict[str, Tensor]) -> None:
-        """Raise NonFiniteError unless the reduced loss and the averaged gradients are finite."""
+    def _gradients(self, wrapped: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Accumulate gradients over micro-batches, averaged over ranks; returns reduced sums."""
+        *earlier, last = batch.micro_batches(self.micro_batches)
+        sums: dict[str, Tensor] = {}
+        for place, part in enumerate(earlier):
+            with without_exchange(wrapped):
+                output: StepOutput = wrapped(part, replace(progress, part=place))
+                self._loss(output, part, batch).backward()
+            sums = _added(sums, output.sums)
+        self.clock.mark("backward")
+        output = wrapped(last, replace(progress, part=len(earlier)))
+        self.clock.mark("forward")
+        pending = PendingSums(_added(sums, output.sums))  # travels beside the backward pass
+        self._loss(output, last, batch).backward()
+        # DDP marks buckets of gradients when it sends them: the rest is waiting for other ranks.
+        self.clock.mark("backward" if wrapped is self else "exchange")
+        reduced = pending.wait()
+        self.clock.mark("exchange")
+        return reduced
+
+    def _loss(self, output: StepOutput, part: Batch, batch: Batch) -> Tensor:
+        """What to differentiate: the part's share of the batch's loss, scaled."""
+        loss = output.loss * (part.global_rows / batch.global_rows)
+        return loss if self.loss_scale is None else loss * self.loss_scale.factor
+
+    def _unscale_and_check(self, sums: dict[str, Tensor]) -> Tensor:
+        """(): whether the averaged gradients are finite and the optimizer may move.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite, which a smaller loss scale cannot mend.
+                On a GPU, where asking would make the step wait, the caller has to ask FINITE.
+        """
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        if not bool(torch.isfinite(norm + sums["loss_sum"])):
-            loss = float(sums["loss_sum"] / sums["rows"].clamp_min(1))
-            raise NonFiniteError(
-                f"training loss is {loss:g}; loss and gradients must be finite on every rank, so "
-                "the run stopped before the optimizer moved; look for NaN in the data "
-                "(midas prepare reports rejected rows) or lower optim.lr"
-            )
+        scale = self.loss_scale
+        if scale is not None:
+            for grad in grads:
+                grad.div_(scale.factor)
+        finite = torch.isfinite(nn.utils.get_total_norm(grads) + sums["loss_sum"])
+        hopeless = ~finite
+        if scale is not None:
+            hopeless = ~torch.isfinite(sums["loss_sum"]) | (hopeless & (scale.factor <= 1))
+            scale.update(finite)
+        sums[HOPELESS] = hopeless.double()
+        if finite.device.type == "cpu" and bool(hopeless):
+            raise NonFiniteError(float(sums["loss_sum"] / sums["rows"].clamp_min(1)))
+        return finite
+
+
+def _added(sums: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    return sums | {name: sums[name] + v if name in sums else v for name, v in more.items()}
+
+
+def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Move, unless gradients are not finite; fused optimizers read that on the device."""
+    if finite.device.type != "cpu":
+        optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+    elif bool(finite):
+        optimizer.step()
 
 
 def global_mean(local_sum: Tensor, global_count: int | Tensor) -> Tensor:

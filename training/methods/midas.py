@@ -201,7 +201,7 @@ class Midas(Method):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Warm-up: L_uni. Main phase: L_align + L_uni + lambda * L_mis (2.2 item 7)."""
         is_main = self.is_main_phase(progress.epoch)
-        drawn = self._draw(batch, progress) if is_main else None  # first, for it waits for the GPU
+        drawn = self._draw(batch, progress) if is_main else None
         features = self.model.encode(batch.inputs, batch.present)
         logits = self.model.unimodal_logits(features)
         uni = torch.stack(unimodal_losses(logits, batch))
@@ -222,7 +222,7 @@ class Midas(Method):
         num_modalities, orders = len(self.model.modalities), self.config.perms_per_sample
         pool = make_pool(batch, self.config.pair_groups)
         width = num_modalities - 1 + num_orders(orders) * num_modalities
-        return pool, draw_uniforms(pool.group_G, width, progress)
+        return pool, draw_uniforms(pool.group_G, width, progress, pool.sizes)
 
     def _pair(self, pool: Pool, uniform_GK: Tensor, fused_RC: Tensor) -> Pairs:
         """Sources of this rank's misaligned samples."""

@@ -5,7 +5,9 @@ group leaves its rank), M modalities, J = M - 1 partners of a row, S misaligned 
 row, C classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,12 +32,14 @@ class Pool:
             which neither give nor take.
         own_R: where this rank's rows are.
         counts: rows of every rank, or None if the pool is this rank's rows.
+        sizes: rows of every group from UNPAIRED on, if they are known without looking.
     """
 
     label_G: Tensor
     group_G: Tensor
     own_R: Tensor
     counts: list[int] | None
+    sizes: list[int] | None = None
 
     def gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """This rank's (R, n, ...) tensors to (G, n, ...), by one collective; differentiable.
@@ -75,25 +79,52 @@ def make_pool(batch: Batch, pair_groups: int) -> Pool:
     group = batch.lane * pair_groups // batch.num_lanes
     group = group.where(batch.complete, UNPAIRED)
     own_R = torch.arange(len(batch.label), device=batch.label.device)
-    if pair_groups % world_size() == 0 and batch.num_lanes % world_size() == 0:
-        return Pool(batch.label, group, own_R, counts=None)
-    counts = row_counts(len(batch.label), batch.label.device)
-    table = gather_rows(torch.stack([batch.label, group], dim=1), counts)
-    return Pool(table[:, 0], table[:, 1], own_R + sum(counts[: rank()]), counts)
+    label, counts = batch.label, None
+    if pair_groups % world_size() or batch.num_lanes % world_size():
+        counts = _rows_of_ranks(batch)
+        table = gather_rows(torch.stack([batch.label, group], dim=1), counts)
+        label, group, own_R = table[:, 0], table[:, 1], own_R + sum(counts[: rank()])
+    return Pool(label, group, own_R, counts, _group_sizes(batch, pair_groups, counts))
 
 
-def draw_uniforms(group_G: Tensor, width: int, progress: Progress) -> Tensor:
+def _rows_of_ranks(batch: Batch) -> list[int]:
+    if batch.lane_rows is None:
+        return row_counts(len(batch.label), batch.label.device)
+    return _sums_of_lanes(batch.lane_rows, world_size())
+
+
+def _group_sizes(batch: Batch, pair_groups: int, counts: list[int] | None) -> list[int] | None:
+    if batch.lane_rows is None or batch.present is not None:
+        return None
+    sizes = _sums_of_lanes(batch.lane_rows, pair_groups)
+    if counts is None:  # this rank's groups only
+        owner = [group * world_size() // pair_groups for group in range(pair_groups)]
+        sizes = [size * (place == rank()) for size, place in zip(sizes, owner, strict=True)]
+    return [0, *sizes]
+
+
+def _sums_of_lanes(lane_rows: Sequence[int], parts: int) -> list[int]:
+    """Rows of every rank or group: lanes are dealt in runs that differ by one lane at most."""
+    num_lanes = len(lane_rows)
+    edges = [part * num_lanes // parts for part in range(parts + 1)]
+    return [sum(lane_rows[start:stop]) for start, stop in pairwise(edges)]
+
+
+def draw_uniforms(
+    group_G: Tensor, width: int, progress: Progress, sizes: Sequence[int] | None = None
+) -> Tensor:
     """(G, width) float64 in [0, 1): what the step's pairing is made of.
 
     Every group has its own CPU generator, so its numbers are the same on every rank and device,
-    and depend on nothing outside the group.
+    and depend on nothing outside the group. `sizes` as in `Pool`; None waits for the device.
     """
-    sizes = (group_G - UNPAIRED).bincount(minlength=1).tolist()
+    if sizes is None:
+        sizes = (group_G - UNPAIRED).bincount(minlength=1).tolist()
     parts = [
         torch.rand(size, width, generator=progress.generator("pair", group), dtype=torch.float64)
         for group, size in enumerate(sizes, start=UNPAIRED)
     ]
-    uniform = torch.cat(parts).to(group_G.device)
+    uniform = torch.cat(parts).to(group_G.device, non_blocking=True)
     return torch.empty_like(uniform).index_copy_(0, group_G.argsort(stable=True), uniform)
 
 

@@ -1,0 +1,71 @@
+"""Numbers of half width: where they are used, and the loss scale that float16 needs.
+
+Encoders run under autocast; what they return is float32 again, so heads, softmax, logarithms,
+similarities, statistics, losses and the optimizer never see half precision. Weights, gradients and
+optimizer state are float32 (float64 with fp64).
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+HALF: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Narrower attention is up to twice as slow in bf16 on CPUs with AMX, all else is faster.
+MIN_CPU_ATTENTION = 192
+AMPERE = (8, 0)
+INITIAL_SCALE = 2.0**16
+GROWTH_STEPS = 2000
+
+
+def best_precision(device: torch.device, model: nn.Module) -> Precision:
+    """bf16 where the processor is faster with it, else fp32: on GPUs from Ampere on, and on CPUs
+    with AMX, unless the model has attention narrower than MIN_CPU_ATTENTION."""
+    if device.type == "cuda":
+        good = torch.cuda.get_device_capability(device) >= AMPERE
+    else:
+        widths = (m.embed_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+        good = torch.cpu._is_amx_tile_supported() and min(widths, default=math.inf) >= (
+            MIN_CPU_ATTENTION
+        )
+    return "bf16" if good else "fp32"
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Context in which convolutions and matrix products take half precision, if any."""
+    if precision not in HALF:
+        return nullcontext()
+    return torch.autocast(device.type, HALF[precision])
+
+
+class LossScale(nn.Module):
+    """Factor on the loss that keeps float16 gradients from vanishing.
+
+    Halved when a gradient is not finite, and the step is left out; doubled after GROWTH_STEPS steps
+    without that. Driven by gradients that were added over ranks, so it is equal on all of them.
+
+    Attributes:
+        factor: () float32 buffer.
+        good_steps: () int64 buffer, steps since the last change.
+    """
+
+    factor: Tensor
+    good_steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(INITIAL_SCALE))
+        self.register_buffer("good_steps", torch.tensor(0))
+
+    def update(self, finite: Tensor) -> None:
+        """Count a step; `finite` is () bool: whether its gradients were."""
+        good_steps = torch.where(finite, self.good_steps + 1, 0)
+        grows = good_steps == GROWTH_STEPS
+        grown = torch.where(grows, self.factor * 2, self.factor)
+        self.factor.copy_(torch.where(finite, grown, self.factor / 2))
+        self.good_steps.copy_(torch.where(grows, 0, good_steps))
