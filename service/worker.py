@@ -23,7 +23,6 @@ import ray.train.torch
 import torch
 from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.schema import Manifest, Split
 from service.config import ConfigError, RunConfig
@@ -40,7 +39,7 @@ from training.clock import Clock
 from training.delayed import Delayed
 from training.distributed import (
     any_rank,
-    exchange_gradients,
+    data_parallel,
     from_rank_zero,
     from_ranks,
     rank,
@@ -303,24 +302,12 @@ class _State:
 
     def wrap(self, method: Method) -> nn.Module:
         """The method inside DDP, if there are other ranks."""
-        train = self.config.train
-        wrapped = ray.train.torch.prepare_model(
+        return data_parallel(
             method,
-            parallel_strategy_kwargs={
-                # Running statistics are not read in training, the loop synchronises them every
-                # epoch, and what steers a method is equal on every rank by construction.
-                "broadcast_buffers": False,
-                "gradient_as_bucket_view": True,
-            },
+            in_rank_order=self.config.train.deterministic,
+            compression=self.config.train.gradient_compression,
+            launched=lambda: method.clock.mark("backward"),
         )
-        if isinstance(wrapped, DistributedDataParallel):
-            exchange_gradients(
-                wrapped,
-                in_rank_order=train.deterministic,
-                compression=train.gradient_compression,
-                launched=lambda: method.clock.mark("backward"),
-            )
-        return wrapped
 
     def evaluate(self, chunks: Iterable[Batch], *, subsets: bool) -> dict[str, float]:
         """Metrics of a split, without prefix."""

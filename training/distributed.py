@@ -165,33 +165,57 @@ def without_exchange(wrapped: nn.Module) -> contextlib.AbstractContextManager[No
     return contextlib.nullcontext() if alone else wrapped.no_sync()
 
 
+@contextlib.contextmanager
+def process_group(rank: int, world_size: int, meeting: str, device: torch.device) -> Iterator[None]:
+    """A process group of this machine for the body; `meeting` is a path that all ranks share."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    address = f"file://{meeting}"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 Compression = Literal["none", "bf16", "fp16"]
+COMPRESSIONS = {
+    "none": default_hooks.allreduce_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+}
 
 
-def exchange_gradients(
-    wrapped: DistributedDataParallel,
+def data_parallel(
+    module: nn.Module,
     *,
     in_rank_order: bool,
     compression: Compression,
     launched: Callable[[], None],
-) -> None:
-    """Set how DDP averages gradients; once, before the first step.
+) -> nn.Module:
+    """`module` inside DDP, if there are other ranks.
+
+    Buffers are not broadcast in every step: running statistics are not read in training, the loop
+    synchronises them every epoch, and what steers a method is equal on every rank by construction.
 
     Args:
-        wrapped: the method inside DDP.
+        module: on its device.
         in_rank_order: add the gradients of ranks 0, 1, 2, ... in this order. An all-reduce over
             more than two ranks adds in an order that depends on where a gradient lies in its
             bucket, and DDP lays the buckets out anew after the first step of a process: a resumed
             run would round differently. Costs the traffic of an all-gather.
         compression: type in which gradients travel and are added; not with `in_rank_order`.
-        launched: called when a bucket is full and about to travel.
+        launched: called when a bucket of gradients is full and about to travel.
     """
-    hooks = {
-        "none": default_hooks.allreduce_hook,
-        "bf16": default_hooks.bf16_compress_hook,
-        "fp16": default_hooks.fp16_compress_hook,
-    }
-    plain, group = hooks[compression], wrapped.process_group
+    if world_size() == 1:
+        return module
+    device = next(module.parameters()).device
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    plain, group = COMPRESSIONS[compression], wrapped.process_group
     assert group is not None
 
     def hook(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -199,6 +223,7 @@ def exchange_gradients(
         return _add_in_rank_order(bucket) if in_rank_order else plain(group, bucket)
 
     wrapped.register_comm_hook(None, hook)
+    return wrapped
 
 
 def _add_in_rank_order(bucket: GradBucket) -> torch.futures.Future[Tensor]:

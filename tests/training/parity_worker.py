@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from tests.training.toys import (
     START,
@@ -21,7 +20,9 @@ from tests.training.toys import (
 from training.batch import Batch
 from training.batchnorm import SyncBatchNorm
 from training.distributed import (
-    exchange_gradients,
+    COMPRESSIONS,
+    Compression,
+    data_parallel,
     gather_rows,
     rank,
     reduce_sums,
@@ -108,36 +109,25 @@ def with_lane_rows(batch: Batch) -> Batch:
     return replace(batch, lane_rows=tuple(rows))
 
 
-def wrap(method: Method) -> nn.Module:
-    """With gradients exchanged as Ray workers do it."""
-    if world_size() == 1:
-        return method
-    wrapped = DistributedDataParallel(method)
-    exchange_gradients(
-        wrapped,
+def wrap(method: Method, compression: Compression = "none") -> nn.Module:
+    return data_parallel(
+        method,
         in_rank_order=False,
-        compression="none",
+        compression=compression,
         launched=lambda: method.clock.mark("backward"),
     )
-    return wrapped
 
 
 def compressed() -> dict[str, Tensor]:
     """Gradients of one step, averaged in half precision."""
     grads = {}
-    for kind in ("none", "bf16", "fp16"):
+    for kind in COMPRESSIONS:
         method = tiny_method("joint")
-        wrapped: nn.Module = method
-        if world_size() > 1:
-            wrapped = DistributedDataParallel(method)
-            exchange_gradients(
-                wrapped, in_rank_order=False, compression=kind, launched=lambda: None
-            )
         optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
-        method.train_step(wrapped, own_part(random_batch(0, 12)), optimizer, START)
-        grads[kind] = torch.cat(
-            [p.grad.flatten() for p in method.parameters() if p.grad is not None]
-        )
+        batch = own_part(random_batch(0, 12))
+        method.train_step(wrap(method, kind), batch, optimizer, START)
+        learned = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
+        grads[kind] = torch.cat(learned)
     return grads
 
 
