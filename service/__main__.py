@@ -20,12 +20,13 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
   midas train digits --method joint       a control, same harness
   midas train digits --optim.lr 3e-3      change any setting
   midas train digits --dry-run            show the plan, start nothing
+  midas bench digits                      how fast it trains here, and what limits it
   midas verify RUN                        take its last steps again and compare
   midas ui                                look at the runs
 """
 
 
-PRESET_VERBS = ("prepare", "train", "compare")
+PRESET_VERBS = ("prepare", "train", "compare", "bench")
 PLAIN_FLAGS = ("--json", "--debug", "--dry-run")
 
 
@@ -134,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", nargs="+", default=methods, help="default: joint joint_uni midas"
     )
     compare.add_argument("--seeds", nargs="+", type=int, default=seeds, help="default: 0 1 2")
+    bench = verb(
+        "bench", "measure how fast a configuration trains here", preset=True, parent=table
+    )
+    bench.add_argument(
+        "--seconds", type=float, default=60.0, help="time to measure, after the start (default: 60)"
+    )
     evaluate = verb("evaluate", "evaluate the best checkpoint of a run", preset=False)
     evaluate.add_argument("run", help="run name, or its folder")
     evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
@@ -247,6 +254,19 @@ def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
     return compare(_config(args, rest), args.methods, args.seeds, console, debug=args.debug)
 
 
+def _bench(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import launch
+    from service.bench import bench
+
+    config = launch.resolve(_config(args, rest))
+    with console.counter("preparing") as progress:
+        prepared = launch.ensure_prepared(config, progress, debug=args.debug)
+    console.status(f"measuring for {args.seconds:g} s, after about half a minute to start")
+    result = bench(config, prepared.folder, seconds=args.seconds, debug=args.debug)
+    console.bench(result)
+    return result
+
+
 def _evaluate(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     from service import inspection
     from service.config import ScalingConfig
@@ -291,6 +311,7 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, 
     "prepare": _prepare,
     "train": _train,
     "compare": _compare,
+    "bench": _bench,
     "evaluate": _evaluate,
     "verify": _verify,
     "ui": _ui,

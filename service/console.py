@@ -122,6 +122,16 @@ class Console:
         card = f"{report.folder}/card.html"
         self._places({"folder": str(report.folder), "data card": card})
 
+    def bench(self, result: Mapping[str, Any]) -> None:
+        """Prints what was measured, and what limits it."""
+        rows = [
+            (name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+            for name, value in result.items()
+            if name != "limit"
+        ]
+        self.out.print(_two_columns(rows))
+        self.out.print(Text(f"limited by {result['limit']}"), soft_wrap=True)
+
     def summary(self, outcome: RunOutcome) -> None:
         """Prints the end of a training: its results and where to look."""
         if outcome.finished_before:

@@ -182,7 +182,7 @@ def check_plan(config: RunConfig, manifest: Manifest) -> None:
         ConfigError, DataError, RunError: the run could not start.
     """
     from service.rows import make_order
-    from service.worker import make_method
+    from service.stepper import make_method
 
     check_local_capacity(config.scaling)
     names = [modality.name for modality in manifest.modalities]
@@ -256,6 +256,7 @@ class _Run:
             "method": self._config.method,
             "run_folder": str(self._folder),
             "checkpoint": returned["checkpoint"],
+            "precision": returned["precision"],
             "order_chain": returned["order_chain"],
             "loss_chain": returned["loss_chain"],
             "data_digest": self._manifest.digest,

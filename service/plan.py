@@ -11,7 +11,7 @@ from data.schema import MANIFEST_NAME, Manifest, Shard, Split, load_manifest
 from data.sources import build_source
 from service.config import RunConfig
 from service.rows import make_order
-from service.worker import make_method
+from service.stepper import make_method
 from training.model import MultimodalModel
 
 OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}

@@ -22,36 +22,31 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.v2._internal.execution.context import get_train_context
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.schema import Manifest, Split
-from service.config import ConfigError, RunConfig
+from service import contest
+from service.config import RunConfig
 from service.faults import Faults
 from service.files import ATTEMPT_NAME, VALIDATION_PHASE
 from service.keeper import Keeper
 from service.reporting import Reporter
 from service.rows import WorkerRows, make_order
+from service.stepper import Stepper
 from service.storage import CheckpointStore, StorageError, checkpoint_name, retried
 from training import checkpoint as checkpoints
 from training.batch import Batch
 from training.chain import StepRecord, order_text
-from training.clock import Clock
 from training.delayed import Delayed
 from training.distributed import (
     any_rank,
-    data_parallel,
     from_rank_zero,
-    from_ranks,
     rank,
     world_size,
 )
-from training.encoders import ModalitySpec, build_model
 from training.evaluation import evaluate
 from training.loop import LOSS, ORDER, Hooks, Position, fit
-from training.methods import build_method
-from training.methods.base import HOPELESS, EpochData, Method, NonFiniteError
-from training.optim import build_optimizer, build_schedule
-from training.precision import Precision, best_precision
+from training.methods.base import HOPELESS, EpochData, NonFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -157,22 +152,6 @@ class TerminableTorchConfig(ray.train.torch.TorchConfig):
         return _TerminableBackend
 
 
-def make_method(config: RunConfig, manifest: Manifest) -> Method:
-    """The model, initialised from the training seed, inside its method.
-
-    Raises:
-        ConfigError: model or method settings do not fit the data set.
-    """
-    parts = [
-        ModalitySpec(m.name, m.kind, m.shape, m.pad, m.vocab_size) for m in manifest.modalities
-    ]
-    try:
-        model = build_model(config.model, parts, len(manifest.classes), config.train.seed)
-        return build_method(config.method, model, config.method_sections)
-    except ValueError as error:  # settings that do not fit this data set
-        raise ConfigError(str(error)) from error
-
-
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the test split.
 
@@ -207,6 +186,17 @@ def evaluate_worker(payload: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": state.test(payload["split"])}
 
 
+def bench_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Contend for speed; returns the numbers of every contender's turns.
+
+    Args:
+        payload: `config`, `manifest` and `data_folder` as for `train_worker`; the `folder` where
+            contenders meet, the sizes of the `groups` without Ray, and `seconds` for all turns.
+    """
+    torch.set_num_threads(payload["config"]["scaling"]["cpus_per_worker"])
+    return contest.conduct(payload, ray.train.torch.get_device())
+
+
 def verify_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Take steps of a run again; returns their `records`, as JSON values.
 
@@ -227,68 +217,39 @@ def verify_worker(payload: dict[str, Any]) -> dict[str, Any]:
     return {"records": [asdict(record) for record in records]}
 
 
-class _State:
+class _State(Stepper):
     """What a worker trains with: rows, method, optimizer and schedule, built from the payload."""
 
     def __init__(self, payload: dict[str, Any]):
         self.config = config = RunConfig.model_validate(payload["config"])
         self.manifest = Manifest.model_validate(payload["manifest"])
-        self.device = ray.train.torch.get_device()
+        device = ray.train.torch.get_device()
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = not config.train.deterministic
         torch.set_num_threads(config.scaling.cpus_per_worker)
-        self.rows = WorkerRows(config, self.manifest, payload["data_folder"], self.device)
-        self.method = make_method(config, self.manifest).to(self.device)
-        self.method.use(self._precision())
-        self.method.micro_batches = config.train.micro_batches
-        self.method.clock = Clock(self.device)
-        if config.train.compile:
-            for encoder in self.method.model.encoders.children():
-                encoder.body.compile()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        self.optimizer = build_optimizer(config.optim, self.method)
-        self.schedule = build_schedule(config.optim, self.optimizer, config.warmup_epochs)
+        self.rows = WorkerRows(config, self.manifest, payload["data_folder"], device)
+        super().__init__(config, self.manifest, device)
         self.store = CheckpointStore.at(payload["checkpoints"])
-
-    def _precision(self) -> Precision:
-        """The one that is set, or the best that all ranks are good at."""
-        if self.config.train.precision != "auto":
-            return self.config.train.precision
-        best = set(from_ranks(best_precision(self.device, self.method.model)))
-        return best.pop() if len(best) == 1 else "fp32"
-
-    def _keep_precision(self, notes: dict[str, Any]) -> None:
-        """A run goes on, and is evaluated, as it began, on whatever machine."""
-        if self.config.train.precision == "auto":
-            self.method.model.precision = notes["precision"]
 
     def load(self, name: str) -> tuple[Position, dict[str, Any]]:
         """Restore a checkpoint; returns its position and notes."""
         files, where = self._read(name), self.store.where(name)
         found = checkpoints.load(files, where, self.method, self.optimizer, self.schedule)
-        self._keep_precision(found[1])
+        self.keep_precision(found[1])
         return found
-
-    def widen(self) -> None:
-        """Go on in double precision from single-precision state."""
-        self.method.use("fp64")
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    state[name] = value.double()
 
     def load_weights(self, name: str) -> None:
         """Restore parameters and buffers only."""
         files = self._read(name, checkpoints.WEIGHTS_FILES)
         notes = checkpoints.load_weights(files, self.store.where(name), self.method)
-        self._keep_precision(notes)
+        self.keep_precision(notes)
 
     def _read(self, name: str, wanted: Collection[str] | None = None) -> dict[str, bytes]:
         return retried(lambda: self.store.load(name, wanted), f"reading checkpoint {name}")
 
     def pack(self, position: Position, notes: dict[str, Any]) -> checkpoints.Packed:
         """Copy the state of training."""
-        notes = notes | {"precision": self.method.model.precision}
+        notes = notes | {"precision": self.precision}
         return checkpoints.pack(self.method, self.optimizer, self.schedule, position, notes)
 
     def fit(self, hooks: Hooks, position: Position) -> None:
@@ -298,15 +259,6 @@ class _State:
             seed=self.config.train.seed,
             num_epochs=self.config.optim.epochs,
             eval_every_epochs=self.config.train.eval_every_epochs,
-        )
-
-    def wrap(self, method: Method) -> nn.Module:
-        """The method inside DDP, if there are other ranks."""
-        return data_parallel(
-            method,
-            in_rank_order=self.config.train.deterministic,
-            compression=self.config.train.gradient_compression,
-            launched=lambda: method.clock.mark("backward"),
         )
 
     def evaluate(self, chunks: Iterable[Batch], *, subsets: bool) -> dict[str, float]:
@@ -561,7 +513,7 @@ class _Training:
         return {
             "metrics": {**best["metrics"], **tested, "best_epoch": best["epoch"]},
             "checkpoint": best["name"],
-            "precision": self._state.method.model.precision,
+            "precision": self._state.precision,
             "order_chain": chain.order,
             "loss_chain": chain.loss,
         }

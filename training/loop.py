@@ -204,7 +204,7 @@ def _speed_metrics(clock: Clock, rows: int, exchanged: float) -> dict[str, float
     total = sum(clock.steps)
     own = {f"speed/{name}_share": clock.seconds[mark] / total for name, mark in SHARES.items()}
     own["speed/exchange_share"] += exchanged / total
-    own |= _peak_memory()
+    own |= peak_memory()
     ranks: list[dict[str, float]] = from_ranks(own)
     p50, p95 = percentiles(clock.steps)
     return {
@@ -218,7 +218,7 @@ def _speed_metrics(clock: Clock, rows: int, exchanged: float) -> dict[str, float
     }
 
 
-def _peak_memory() -> dict[str, float]:
+def peak_memory() -> dict[str, float]:
     """MiB that this process has held at most, and had allocated on its GPU."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     peaks = {"memory/peak_mib": resident / (2**20 if sys.platform == "darwin" else 2**10)}

@@ -1,0 +1,196 @@
+"""`midas bench`: how fast a configuration trains here, and what keeps it from being faster.
+
+The driver's half: it starts the contenders of `service/contest.py` and turns their numbers into a
+report.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from data.folder import Folder
+from data.schema import load_manifest
+from service import launch
+from service.cluster import check_local_capacity, ray_session, run_workers
+from service.config import RunConfig
+from service.environment import environment
+from service.files import write_text
+
+log = logging.getLogger(__name__)
+
+Turns = dict[str, list[dict[str, float]]]
+Command = list[str]
+
+ROOT = Path(__file__).parent.parent
+END_SECONDS = 20.0
+# A share of the step's time that is worth saying.
+NOTABLE = 0.03
+# The reader is no limit while it is this much faster than training.
+AMPLE = 1.5
+
+
+def bench(
+    config: RunConfig,
+    data_folder: Folder,
+    *,
+    seconds: float,
+    debug: bool,
+    others: Mapping[str, Command] | None = None,
+) -> dict[str, Any]:
+    """Measure a configuration; nothing of it is kept.
+
+    Without a cluster address, process groups without Ray take turns with the workers: as many as
+    there are workers, and one alone.
+
+    Args:
+        config: from `launch.resolve`; its largest number of workers is measured.
+        data_folder: from `launch.ensure_prepared`.
+        seconds: for the turns of all contenders, after the start.
+        others: more contenders by name; see `contest.Turns`. They are given the folder where
+            contenders meet as last argument, and `<name>_over`, samples a second of the loop over
+            theirs, is reported.
+
+    Returns:
+        Medians over turns; ratios are taken turn by turn:
+        `samples_per_second` of the loop under Ray Train with its data from Ray Data,
+        `model_samples_per_second` of bare steps on batches in memory, `rows_per_second` of the
+        reader alone, `midas_over_joint` and `midas_over_joint_uni` (time of a step),
+        `ray_over_bare` and `scaling` (samples a second against process groups without Ray with
+        data in memory: of as many, and of as many against one), shares of the loop's time,
+        seconds of a step, peak memory, and `limit`, a sentence.
+    """
+    began = time.monotonic()
+    manifest = load_manifest(data_folder)
+    workers = config.scaling.max_workers
+    scaling = config.scaling.model_copy(update={"num_workers": workers})
+    config = config.model_copy(update={"scaling": scaling})
+    check_local_capacity(scaling)
+    launch.check_plan(config, manifest)
+    groups = sorted({1, workers}) if environment()["RAY_ADDRESS"] is None else []
+    payload = launch.base_payload(config, manifest, data_folder) | {"seconds": seconds}
+    payload["others"] = [*(f"bare_{size}" for size in groups), *(others or {})]
+    with _folder(config) as folder, ray_session(config, debug=debug):
+        payload["folder"] = str(folder)
+        with _contenders(folder, payload, groups, others or {}, debug=debug):
+            returned = run_workers("bench_worker", scaling, folder, payload)
+    report = summary(returned["turns"], workers, list(others or {}))
+    return {
+        **report,
+        **returned["peak"],
+        "precision": returned["precision"],
+        "device": returned["device"],
+        "workers": workers,
+        "limit": limit(report),
+        "seconds": time.monotonic() - began,
+    }
+
+
+@contextlib.contextmanager
+def _folder(config: RunConfig) -> Iterator[Path]:
+    folder = Path(config.storage) / f".bench-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _contenders(
+    folder: Path,
+    payload: dict[str, Any],
+    groups: Sequence[int],
+    others: Mapping[str, Command],
+    *,
+    debug: bool,
+) -> Iterator[None]:
+    """Processes without Ray that wait for their turns while the body runs."""
+    scaling = RunConfig.model_validate(payload["config"]).scaling
+    write_text(folder / "payload.json", json.dumps(payload))
+    env = {**os.environ, "OMP_NUM_THREADS": str(scaling.cpus_per_worker), "PYTHONPATH": str(ROOT)}
+    output = None if debug else subprocess.DEVNULL
+    commands = [
+        [sys.executable, "-m", "service.contest", str(folder), str(place), str(size)]
+        + [str(scaling.max_workers)]
+        for size in groups
+        for place in range(size)
+    ]
+    commands += [[*command, str(folder)] for command in others.values()]
+    processes = [
+        subprocess.Popen(command, env=env, stdout=output, stderr=output) for command in commands
+    ]
+    try:
+        yield
+        for process in processes:
+            process.wait(timeout=END_SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def summary(turns: Turns, workers: int, others: Sequence[str] = ()) -> dict[str, Any]:
+    """Medians and ratios from the contenders' turns; see `bench`."""
+    loop, memory = turns["loop"], turns["memory"]
+
+    def rate(turn: dict[str, float]) -> float:
+        return turn["rows"] / turn["seconds"]
+
+    def ratio(over: list[float], under: list[float]) -> float:
+        return median(a / b for a, b in zip(over, under, strict=True))
+
+    result: dict[str, Any] = {
+        "samples_per_second": median(map(rate, loop)),
+        "model_samples_per_second": median(turn["rows"] / turn["midas"] for turn in memory),
+        "rows_per_second": median(turn["rows_per_second"] for turn in turns["reader"]),
+        "midas_over_joint": median(turn["midas"] / turn["joint"] for turn in memory),
+        "midas_over_joint_uni": median(turn["midas"] / turn["joint_uni"] for turn in memory),
+        "rounds": len(loop),
+        "steps_per_turn": loop[0]["steps"],
+    }
+    bare = turns.get(f"bare_{workers}")
+    if bare:
+        result["ray_over_bare"] = ratio([*map(rate, loop)], [*map(rate, bare)])
+        result["bare_samples_per_second"] = median(map(rate, bare))
+    if bare and workers > 1:
+        result["scaling"] = ratio([*map(rate, bare)], [*map(rate, turns["bare_1"])])
+    for name in others:
+        rates = [*map(rate, turns[name])]
+        result[f"{name}_over"] = ratio([*map(rate, loop)], rates)
+        result[f"{name}_samples_per_second"] = median(rates)
+    for share in ("wait", "exchange", "optimizer"):
+        name = "data_wait" if share == "wait" else share
+        result[f"{name}_share"] = median(turn.get(f"{share}_share", 0.0) for turn in loop)
+    for name in ("step_p50", "step_p95"):
+        result[f"{name}_seconds"] = median(turn[name] for turn in loop)
+    return result
+
+
+def limit(report: dict[str, Any]) -> str:
+    """What keeps training from being faster, in a sentence."""
+    reader, trained = report["rows_per_second"], report["samples_per_second"]
+    if report["data_wait_share"] > NOTABLE or reader < AMPLE * trained:
+        return (
+            f"reading: {report['data_wait_share']:.0%} of the time waits for data; the reader "
+            f"alone gives {reader:,.0f} rows a second, training takes {trained:,.0f}; give it "
+            "cores (feed.readers), or store smaller rows"
+        )
+    if report["exchange_share"] > 3 * NOTABLE:
+        return (
+            f"exchange between workers: {report['exchange_share']:.0%} of the time; larger "
+            "batches, model.batchnorm=local, midas.pair_groups and train.gradient_compression "
+            "lower it"
+        )
+    return (
+        f"the model: the reader could feed {reader / trained:,.1f} times as much; faster "
+        "processors, train.precision or train.compile would raise it"
+    )

@@ -1,0 +1,384 @@
+"""The workers' half of `midas bench`: contenders train in turns, so that noise hits them alike.
+
+One contender is the real loop in Ray Train workers, fed by Ray Data. Its rank 0 conducts: after a
+turn it lets every other contender have one, then goes on. The others are single steps of three
+methods on batches in memory, the reader alone, and process groups without Ray, started by the
+driver as `python -m service.contest`, that run the same loop on the same batches in memory. These
+are called by files in a folder that all see.
+
+A turn takes a fixed number of steps, the same for all, that took the conductor TURN_SECONDS.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.schema import Manifest
+from service.config import RunConfig
+from service.files import write_text
+from service.rows import WorkerRows, make_order
+from service.stepper import Stepper
+from training.batch import Batch, Progress
+from training.clock import percentiles
+from training.distributed import (
+    exchanges,
+    from_rank_zero,
+    from_ranks,
+    process_group,
+    rank,
+    world_size,
+)
+from training.loop import Hooks, Position, fit, peak_memory
+from training.methods.base import EpochData
+
+TURN_SECONDS = 3.0
+WARMUP_STEPS = 3
+CALIBRATION_STEPS = 4
+KEPT_BATCHES = 4
+# The turns are over long before; the stream must not be.
+EPOCHS = 10_000
+METHODS = ("midas", "joint_uni", "joint")
+POLL_SECONDS = 0.01
+ANSWER_SECONDS = 300.0
+READY, CALL, DONE, END = "ready", "call", "done", "end"
+
+Numbers = dict[str, float]
+
+
+class TheEnd(Exception):
+    """There are no more turns."""
+
+
+def steady(config: RunConfig) -> RunConfig:
+    """The config with all epochs in the main phase of training."""
+    midas = config.midas.model_copy(update={"warmup_epochs": 0})
+    return config.model_copy(update={"midas": midas})
+
+
+class Loop:
+    """`fit` that pauses after every turn.
+
+    Args:
+        stepper: method and optimizer.
+        batches: of an epoch.
+        between: called after a turn with its numbers; returns the steps of the next one. May raise
+            TheEnd.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        batches: Callable[[int], Iterator[Batch]],
+        between: Callable[[Numbers], int],
+    ):
+        self._stepper = stepper
+        self._batches = batches
+        self._between = between
+
+    def run(self) -> None:
+        """Train until TheEnd."""
+        zero = torch.zeros((), device=self._stepper.device)
+        hooks = Hooks(
+            wrap=self._stepper.wrap,
+            train_batches=lambda epoch, resampling, step: self._counted(self._batches(epoch)),
+            data=EpochData(lambda: iter(()), lambda: iter(())),
+            signals=lambda: {"stop": zero, "leave": zero, "failed": zero},
+            on_step=self._on_step,
+            on_trained=lambda position, validates: None,
+            validate=dict,
+            on_epoch=lambda epoch, metrics: None,
+        )
+        parts = (self._stepper.method, self._stepper.optimizer, self._stepper.schedule)
+        self._begin(WARMUP_STEPS)
+        with contextlib.suppress(TheEnd):
+            fit(*parts, hooks, Position(), seed=0, num_epochs=EPOCHS, eval_every_epochs=EPOCHS)
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._rows += batch.global_rows
+            yield batch
+
+    def _begin(self, steps: int) -> None:
+        self._steps = self._left = steps
+        self._rows, self._exchanged = 0, exchanges.seconds
+        self._step_seconds: list[float] = []
+        self._began = time.perf_counter()
+        self._stepper.method.clock.reset()
+
+    def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
+        self._step_seconds.append(time.perf_counter() - self._began - sum(self._step_seconds))
+        self._left -= 1
+        if self._left:
+            return
+        clock = self._stepper.method.clock
+        clock.settle()
+        seconds = time.perf_counter() - self._began
+        known = sum(clock.seconds.values())
+        shares = {f"{name}_share": value / known for name, value in clock.seconds.items()}
+        shares["exchange_share"] = shares.get("exchange_share", 0.0) + (
+            (exchanges.seconds - self._exchanged) / seconds
+        )
+        numbers = {"seconds": seconds, "steps": self._steps, "rows": self._rows, **shares}
+        numbers["step_p50"], numbers["step_p95"] = percentiles(self._step_seconds)
+        self._begin(self._between(numbers))
+
+
+def conduct(payload: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The part of a Ray Train worker on `device`; see `bench_worker`."""
+    return _Conductor(payload, device).turns()
+
+
+class _Conductor:
+    def __init__(self, payload: dict[str, Any], device: torch.device):
+        self._config = steady(RunConfig.model_validate(payload["config"]))
+        self._manifest = Manifest.model_validate(payload["manifest"])
+        self._data_folder, self._folder = payload["data_folder"], Path(payload["folder"])
+        self._others, self._seconds = payload["others"], payload["seconds"]
+        self._device = device
+        self._found: dict[str, list[Numbers]] = defaultdict(list)
+        self._deadline = 0.0
+        self._round = -2  # two turns before the first that counts
+        self._steps = CALIBRATION_STEPS
+        self._rows = self._new_rows()
+        self._reader = self._stream(self._new_rows())
+        self._kept = list(islice(self._stream(self._new_rows()), KEPT_BATCHES))
+        self._put_down()
+        self._steppers = {
+            name: Stepper(self._config.model_copy(update={"method": name}), self._manifest, device)
+            for name in METHODS
+        }
+        self._wrapped: dict[str, nn.Module] = {}
+
+    def _put_down(self) -> None:
+        """Leave batches for the groups without Ray."""
+        path = self._folder / f"batches-{rank()}.pt"
+        torch.save([_plain(batch) for batch in self._kept], path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+    def turns(self) -> dict[str, Any]:
+        """Train until the time is up; returns the contenders' turns, and what they were in."""
+        stepper = Stepper(self._config, self._manifest, self._device)
+        Loop(stepper, self._batches, self._between).run()
+        if rank() == 0:
+            write_text(self._folder / END, "")
+        return {
+            "turns": dict(self._found),
+            "precision": stepper.precision,
+            "peak": peak_memory(),
+            "device": str(self._device),
+        }
+
+    def _new_rows(self) -> WorkerRows:
+        optim = self._config.optim.model_copy(update={"epochs": EPOCHS})
+        config = self._config.model_copy(update={"optim": optim})
+        return WorkerRows(config, self._manifest, self._data_folder, self._device)
+
+    def _stream(self, rows: WorkerRows) -> Iterator[Batch]:
+        for epoch in range(EPOCHS):
+            yield from rows.train(epoch, None, 0)
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        return self._rows.train(epoch, None, 0)
+
+    def _between(self, numbers: Numbers) -> int:
+        """After a turn of the real loop: let the others have theirs."""
+        self._round += 1
+        if self._round < 0:
+            return CALIBRATION_STEPS
+        if self._round == 0:
+            step = numbers["seconds"] / numbers["steps"]
+            self._steps = from_rank_zero(max(2, min(1000, round(TURN_SECONDS / step))))
+            self._deadline = time.monotonic() + self._seconds
+            return self._steps
+        self._found["loop"].append(numbers)
+        others: list[Callable[[], None]] = [self._read, self._step_in_memory]
+        others += [lambda name=name: self._call(name) for name in self._others]
+        for turn in others[:: 1 if self._round % 2 else -1]:
+            turn()
+        if from_rank_zero(time.monotonic() > self._deadline):
+            raise TheEnd
+        return self._steps
+
+    def _read(self) -> None:
+        """The reader alone; every rank reads its part for as long."""
+        next(self._reader)  # the first one starts it
+        began, rows = time.perf_counter(), 0
+        while time.perf_counter() - began < TURN_SECONDS / 2:
+            rows += len(next(self._reader).label)
+        total = sum(from_ranks(rows / (time.perf_counter() - began)))
+        self._found["reader"].append({"rows_per_second": total})
+
+    def _step_in_memory(self) -> None:
+        """Steps of the methods in turn, on batches in memory."""
+        seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+        cycles = max(1, self._steps // (2 * len(METHODS)))
+        batches = cycle(self._kept)
+        if not self._wrapped:  # and once before it counts
+            for name, stepper in self._steppers.items():
+                stepper.method.set_phase(0)
+                stepper.method.train()
+                self._wrapped[name] = stepper.wrap(stepper.method)
+            cycles += 1
+        for number in range(cycles):
+            batch = next(batches)
+            for name in METHODS[:: 1 if number % 2 else -1]:
+                seconds[name].append(self._timed_step(name, batch, number))
+        numbers = {name: percentiles(values[-cycles:])[0] for name, values in seconds.items()}
+        self._found["memory"].append(numbers | {"rows": float(self._kept[0].global_rows)})
+
+    def _timed_step(self, name: str, batch: Batch, number: int) -> float:
+        stepper = self._steppers[name]
+        _wait_for(self._device)
+        began = time.perf_counter()
+        progress = Progress(0, 0, number, 1)
+        stepper.method.train_step(self._wrapped[name], batch, stepper.optimizer, progress)
+        _wait_for(self._device)
+        return time.perf_counter() - began
+
+    def _call(self, name: str) -> None:
+        """A turn of a contender outside Ray."""
+        if rank() == 0:
+            answer = self._folder / f"{DONE}-{name}-{self._round}"
+            write_text(self._folder / f"{CALL}-{name}-{self._round}", str(self._steps))
+            began = time.monotonic()
+            while not answer.exists():
+                if time.monotonic() - began > ANSWER_SECONDS:
+                    raise RuntimeError(
+                        f"contender {name} does not answer; --debug shows its output"
+                    )
+                time.sleep(POLL_SECONDS)
+            self._found[name].append(json.loads(answer.read_text()))
+        from_rank_zero(None)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _plain(batch: Batch) -> dict[str, Any]:
+    """A batch as tensors and numbers."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    values["inputs"] = {name: value.cpu() for name, value in batch.inputs.items()}
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    """One rank's batch from those of several."""
+    first = parts[0]
+    names = [
+        name
+        for name in ("label", "sample_id", "lane", "keep", "present")
+        if getattr(first, name) is not None
+    ]
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
+    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in first.inputs}
+    return replace(first, inputs=inputs, **joined)
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    values = {
+        field.name: getattr(batch, field.name).to(device)
+        for field in fields(batch)
+        if isinstance(getattr(batch, field.name), Tensor)
+    }
+    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+    return replace(batch, inputs=inputs, **values)
+
+
+class Turns:
+    """The turns of a contender outside Ray.
+
+    Args:
+        folder: where contenders meet.
+        name: of the contender.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._folder = folder
+        self._name = name
+        self._round = 0
+        self._parent = os.getppid()
+
+    def next(self, numbers: Numbers) -> int:
+        """Hand in the `numbers` of a turn (those before the first are not read), and wait for the
+        next; returns its steps.
+
+        Raises:
+            TheEnd: there is none.
+        """
+        if self._round:
+            write_text(self._folder / f"{DONE}-{self._name}-{self._round}", json.dumps(numbers))
+        self._round += 1
+        return int(self.wait(f"{CALL}-{self._name}-{self._round}").read_text())
+
+    def wait(self, name: str) -> Path:
+        """The file of this name, once it is there; raises TheEnd like `next`."""
+        path = self._folder / name
+        while not path.exists():
+            if (self._folder / END).exists() or os.getppid() != self._parent:
+                raise TheEnd
+            time.sleep(POLL_SECONDS)
+        return path
+
+
+def bare(payload: dict[str, Any], folder: Path, device: torch.device, of: int) -> None:
+    """A rank of a process group without Ray: the same loop on batches in memory.
+
+    Args:
+        payload: as for `bench_worker`.
+        folder: where contenders meet.
+        device: of this rank.
+        of: number of Ray workers, which put the batches down.
+    """
+    turns = Turns(folder, f"bare_{world_size()}")
+    config = steady(RunConfig.model_validate(payload["config"]))
+    manifest = Manifest.model_validate(payload["manifest"])
+    stepper = Stepper(config, manifest, device)
+    share = of // world_size()
+    ranks = range(rank() * share, (rank() + 1) * share)
+    parts = [torch.load(turns.wait(f"batches-{r}.pt"), weights_only=True) for r in ranks]
+    kept = [
+        _on(_joined([Batch(**values) for values in same]), device)
+        for same in zip(*parts, strict=True)
+    ]
+    source, steps = cycle(kept), make_order(config, manifest).num_steps
+
+    def between(numbers: Numbers) -> int:
+        asked = 0
+        with contextlib.suppress(TheEnd):
+            asked = turns.next(numbers) if rank() == 0 else 0
+        if not (asked := from_rank_zero(asked)):
+            raise TheEnd
+        return asked
+
+    Loop(stepper, lambda epoch: islice(source, steps), between).run()
+
+
+def main(folder: str, place: str, size: str, of: str) -> None:
+    """Rank `place` of `size` without Ray, beside `of` Ray workers."""
+    payload = json.loads((Path(folder) / "payload.json").read_text())
+    scaling = payload["config"]["scaling"]
+    torch.set_num_threads(scaling["cpus_per_worker"])
+    on_gpu = scaling["device"] != "cpu" and torch.cuda.device_count() >= int(of)
+    device = torch.device(f"cuda:{place}" if on_gpu else "cpu")
+    group = process_group(int(place), int(size), f"{folder}/group-{size}", device)
+    with contextlib.suppress(TheEnd), group if int(size) > 1 else contextlib.nullcontext():
+        bare(payload, Path(folder), device, int(of))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

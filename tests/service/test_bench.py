@@ -1,0 +1,92 @@
+"""`midas bench`: the report made of turns, and the command on real Ray."""
+
+from pathlib import Path
+
+import pytest
+
+from service.bench import limit, summary
+from service.contest import TheEnd, Turns
+from tests.service.cli import SMALL, last_json, midas
+
+LOOP = {"seconds": 2.0, "steps": 10, "rows": 640, "step_p50": 0.2, "step_p95": 0.3}
+
+
+def turns() -> dict[str, list[dict[str, float]]]:
+    """Two rounds; the second is twice as slow for all, as on a busy machine."""
+    slow = {"seconds": 4.0, "rows": 640}
+    return {
+        "loop": [LOOP | {"wait_share": 0.01}, LOOP | slow | {"wait_share": 0.02}],
+        "bare_2": [{"seconds": 1.6, "rows": 640}, {"seconds": 3.2, "rows": 640}],
+        "bare_1": [{"seconds": 3.2, "rows": 640}, {"seconds": 6.4, "rows": 640}],
+        "memory": [
+            {"midas": 0.11, "joint": 0.1, "joint_uni": 0.11, "rows": 64},
+            {"midas": 0.22, "joint": 0.2, "joint_uni": 0.22, "rows": 64},
+        ],
+        "reader": [{"rows_per_second": 9000.0}, {"rows_per_second": 7000.0}],
+        "released": [{"seconds": 20.0, "rows": 640}, {"seconds": 40.0, "rows": 640}],
+    }
+
+
+def test_ratios_are_taken_turn_by_turn():
+    report = summary(turns(), workers=2, others=["released"])
+    assert report["samples_per_second"] == pytest.approx((320 + 160) / 2)
+    assert report["ray_over_bare"] == pytest.approx(0.8)
+    assert report["scaling"] == pytest.approx(2.0)
+    assert report["midas_over_joint"] == pytest.approx(1.1)
+    assert report["midas_over_joint_uni"] == pytest.approx(1.0)
+    assert report["rows_per_second"] == pytest.approx(8000)
+    assert report["data_wait_share"] == pytest.approx(0.015)
+    assert report["released_over"] == pytest.approx(10.0)
+    assert report["rounds"] == 2
+
+
+def test_one_worker_and_a_cluster_have_no_scaling():
+    found = turns()
+    found["bare_1"] = found.pop("bare_2")
+    assert "scaling" not in summary(found, workers=1)
+    del found["bare_1"]
+    assert "ray_over_bare" not in summary(found, workers=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({}, "the model"),
+        ({"data_wait_share": 0.2}, "reading"),
+        ({"rows_per_second": 250.0}, "reading"),
+        ({"exchange_share": 0.3}, "exchange"),
+    ],
+)
+def test_limit_names_the_slowest_part(values, word):
+    report = summary(turns(), workers=2) | {"exchange_share": 0.02}
+    assert limit(report | values).startswith(word)
+
+
+def test_a_contender_waits_for_its_turns_and_hears_the_end(tmp_path: Path):
+    mine = Turns(tmp_path, "other")
+    (tmp_path / "call-other-1").write_text("7")
+    assert mine.next({}) == 7
+    (tmp_path / "call-other-2").write_text("7")
+    assert mine.next({"seconds": 1.5}) == 7
+    assert (tmp_path / "done-other-1").read_text() == '{"seconds": 1.5}'
+    (tmp_path / "end").write_text("")
+    with pytest.raises(TheEnd):
+        mine.next({"seconds": 2.5})
+
+
+@pytest.mark.ray
+def test_bench_of_a_small_set(tmp_path: Path):
+    result = last_json(
+        midas("bench", "digits", *SMALL, "--seconds", "4", "--json", storage=tmp_path)
+    )
+    for name in (
+        *("samples_per_second", "model_samples_per_second", "bare_samples_per_second"),
+        *("rows_per_second", "midas_over_joint", "midas_over_joint_uni", "ray_over_bare"),
+        *("scaling", "step_p50_seconds", "memory/peak_mib"),
+    ):
+        assert result[name] > 0
+    for share in ("data_wait", "exchange", "optimizer"):
+        assert 0 <= result[f"{share}_share"] < 1
+    assert result["workers"] == 2
+    assert result["limit"]
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # nothing is left behind
