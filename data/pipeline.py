@@ -1,22 +1,18 @@
 """Ray Data carries the order: one read task per window of the plan, blocks in plan order.
 
 `train_stream` and `eval_stream` yield Arrow tables that are exactly this rank's part of a global
-batch, or one evaluation chunk; `columns` turns a table into numpy arrays without copying.
+batch, or one evaluation chunk.
 """
 
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from pydantic import BaseModel
@@ -24,21 +20,12 @@ from ray.data import DataContext, Datasource, ExecutionResources, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
-from data.draws import uniform
-from data.folder import Folder
-from data.order import Entries, Order, Read, chunk_reads
-from data.pictures import decode_jpeg
-from data.schema import DataError, Manifest, Modality, Split
+from data.order import Entries, Order
+from data.reader import ShardReader, cut, read_chunks, read_window
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-LANE = "lane"
-KEEP = "keep"
-PRESENT = "present"
-# Read tasks of one stream that run at a time, and tables that they may be ahead of the one in use.
-CONCURRENT_READS = 2
-TABLES_AHEAD = 3
 # Ray Data stores all tasks of an execution before the first runs (20,000 took half a minute).
 READS_PER_EXECUTION = 1000
 RESULT_BYTES = 1 << 20
@@ -46,214 +33,23 @@ ITEMS_PER_EXECUTION = 512  # items are stored like tasks, and may hold arrays
 
 
 @dataclass(frozen=True)
-class ShardReader:
-    """Reads slices of row groups of one split of a prepared folder.
+class ReadAhead:
+    """How far a stream reads ahead; what it yields does not depend on it.
 
     Attributes:
-        folder: path or URI.
-        seed: of training; with the epoch it says which candidates of a clip are delivered.
+        readers: read tasks that run at a time.
+        windows: tables beyond the one in use that are in memory or being read.
     """
 
-    folder: str
-    manifest: Manifest
-    split: Split
-    seed: int = 0
-
-    @property
-    def group_rows(self) -> tuple[int, ...]:
-        """Rows of every row group of the split, in shard order."""
-        return tuple(n for shard in self.manifest.splits[self.split] for n in shard.row_groups)
-
-    def gather(
-        self,
-        reads: Iterable[Read],
-        take: np.ndarray,
-        *,
-        entries: Entries | None = None,
-        epoch: int | None = None,
-    ) -> pa.Table:
-        """Rows `take`, a permutation, of the concatenated slices, as they are delivered.
-
-        Rows are copied to their places, one row group at a time. To concatenate first and use
-        Arrow's `take` needs twice the memory, and touching it took longer than the reading.
-
-        Args:
-            entries: if given, slices are of a row group's entries, and a column `keep` is added.
-            epoch: of training, to draw candidates of clips; None takes the middle ones.
-        """
-        schema = self._schema
-        if entries is not None:
-            schema = schema.append(pa.field(KEEP, pa.int64()))
-        gathered = {field.name: _empty(field.type, len(take)) for field in schema}
-        modalities = {modality.name: modality for modality in self.manifest.modalities}
-        place = np.argsort(take)  # the inverse permutation
-        start = 0
-        for part in self._parts(reads, entries):
-            where = place[start : start + part.num_rows]
-            for name, values in gathered.items():
-                modality = modalities.get(name)
-                if modality is None or self._is_plain(modality):
-                    values[where] = _values(part.column(name))
-                else:
-                    values[where] = self._delivered(modality, part, epoch)
-            start += part.num_rows
-        return pa.Table.from_arrays([_array(v) for v in gathered.values()], schema=schema)
-
-    @property
-    def _schema(self) -> pa.Schema:
-        """Columns as they are delivered."""
-        widths = {m.name: m.nbytes(self.split) for m in self.manifest.modalities}
-        return pa.schema(
-            [
-                field.with_type(pa.binary(widths[field.name])) if field.name in widths else field
-                for field in self.manifest.arrow_schema(self.split)
-                if field.name not in ("key", "group")
-            ]
-        )
-
-    def _is_plain(self, modality: Modality) -> bool:
-        """Whether rows are delivered as they are stored."""
-        drawn = self.split == "train" and modality.candidates > 1
-        return modality.storage == "tensor" and not drawn
-
-    def _delivered(self, modality: Modality, part: pa.Table, epoch: int | None) -> np.ndarray:
-        """(rows, bytes) uint8: frames chosen, pictures decoded."""
-        column, shape = part.column(modality.name), modality.delivered(self.split)
-        candidates = modality.candidates if self.split == "train" else 1
-        frames = shape[0] if candidates > 1 else int(np.prod(shape[:-3]))
-        chosen = np.full((part.num_rows, frames), candidates // 2)
-        if epoch is not None and candidates > 1:
-            purpose = f"candidates/{modality.name}"
-            sample_id = part.column("sample_id").to_numpy()
-            draw = uniform(self.seed, purpose, epoch, sample_id, frames)
-            chosen = (draw * candidates).astype(np.int64)
-        wanted = np.arange(frames) * candidates + chosen
-        if modality.storage == "tensor":
-            stored = _values(column).reshape(
-                part.num_rows, frames * candidates, math.prod(shape[1:])
-            )
-            rows = np.arange(part.num_rows)[:, None]
-            return stored[rows, wanted].reshape(part.num_rows, modality.nbytes(self.split))
-        out = np.empty((part.num_rows, frames, *shape[-3:]), dtype=np.uint8)
-        for data, numbers, row in zip(column, wanted.tolist(), out, strict=True):
-            decode_jpeg(data.as_py(), numbers, row)
-        return out.reshape(part.num_rows, modality.nbytes(self.split))
-
-    def _parts(self, reads: Iterable[Read], entries: Entries | None) -> Iterator[pa.Table]:
-        """The slices, one by one; whole row groups are read by one thread, mapped if local."""
-        where = [
-            (shard.path, index)
-            for shard in self.manifest.splits[self.split]
-            for index in range(len(shard.row_groups))
-        ]
-        names, folder = self._schema.names, Folder.at(self.folder)
-        for path, part in groupby(reads, key=lambda read: where[read.row_group][0]):
-            with folder.open(path) as source, pq.ParquetFile(source) as file:
-                for read in part:
-                    group = file.read_row_group(where[read.row_group][1], names, use_threads=False)
-                    yield _part(group, read, entries)
+    readers: int = 1
+    windows: int = 2
 
 
-def _part(group: pa.Table, read: Read, entries: Entries | None) -> pa.Table:
-    if entries is None:
-        return group.slice(read.start, read.stop - read.start)
-    row, keep = entries.part(read)
-    return group.take(pa.array(row)).append_column(KEEP, pa.array(keep))
-
-
-def _empty(type_: pa.DataType, rows: int) -> np.ndarray:
-    if isinstance(type_, pa.FixedSizeBinaryType):
-        return np.empty((rows, type_.byte_width), dtype=np.uint8)
-    return np.empty(rows, dtype=type_.to_pandas_dtype())
-
-
-def _values(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers, or the bytes of every row as (rows, bytes); shares memory where it can."""
-    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if not isinstance(chunk.type, pa.FixedSizeBinaryType):
-        return chunk.to_numpy()
-    nbytes = chunk.type.byte_width
-    start, count = chunk.offset * nbytes, len(chunk) * nbytes
-    return np.frombuffer(chunk.buffers()[1], np.uint8, count, start).reshape(-1, nbytes)
-
-
-def _array(values: np.ndarray) -> pa.Array:
-    """The opposite of `_values`."""
-    if values.ndim == 1:
-        return pa.array(values)
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(values.shape[1]), len(values), [None, pa.py_buffer(values)]
-    )
-
-
-@dataclass(frozen=True)
-class SampleIndex:
-    """Where every sample of a split is, for `locate`.
-
-    Attributes:
-        sample_id: (N,) int64, ascending.
-        position: (N,) int64 row number of each sample in shard order.
-        offsets: (G + 1,) int64 row number where each row group begins, and N.
-    """
-
-    sample_id: np.ndarray
-    position: np.ndarray
-    offsets: np.ndarray
-
-
-def sample_index(reader: ShardReader) -> SampleIndex:
-    """Read the sample ids of a split; costs 8 bytes a row of reading, 16 of memory."""
-    folder, parts = Folder.at(reader.folder), []
-    for shard in reader.manifest.splits[reader.split]:
-        with folder.open(shard.path) as file:
-            parts.append(pq.read_table(file, columns=["sample_id"]).column(0).to_numpy())
-    sample_id = np.concatenate(parts)
-    position = np.argsort(sample_id, kind="stable")
-    return SampleIndex(sample_id[position], position, np.cumsum([0, *reader.group_rows]))
-
-
-def locate(index: SampleIndex, sample_id: np.ndarray, keep: np.ndarray) -> Entries:
-    """Entries of an epoch that has each of these samples, with these modalities kept.
-
-    The result does not depend on the order of the arguments' rows.
-
-    Args:
-        sample_id: (n,) int64; repeats allowed.
-        keep: (n,) int64 bit masks, see `Entries`.
-
-    Raises:
-        DataError: a sample is not in the split.
-    """
-    found = np.searchsorted(index.sample_id, sample_id).clip(max=len(index.sample_id) - 1)
-    unknown = sample_id[index.sample_id[found] != sample_id]
-    if len(unknown):
-        raise DataError(
-            f"{len(unknown)} of {len(sample_id)} resampled rows are not in the split, the first is "
-            f"sample_id={unknown[0]}; resample only rows of this prepared set's split"
-        )
-    position = index.position[found]
-    order = np.lexsort((keep, position))
-    position = position[order]
-    offsets = np.searchsorted(position, index.offsets)
-    group = np.searchsorted(index.offsets, position, side="right") - 1
-    return Entries(offsets, position - index.offsets[group], keep[order].astype(np.int64))
-
-
-def read_window(
-    reader: ShardReader, order: Order, entries: Entries | None, lanes: range, epoch: int, index: int
-) -> list[pa.Table]:
-    """One window of `lanes` as a table in batch order, with a `lane` column."""
-    window = order.window(epoch, index, lanes)
-    table = reader.gather(window.reads, window.take, entries=entries, epoch=epoch)
-    return [table.append_column(LANE, pa.array(window.lane))]
-
-
-def read_chunks(reader: ShardReader, chunk_rows: int, first: int, last: int) -> list[pa.Table]:
-    """Evaluation chunks [first, last) in shard order; `lane` is the chunk index."""
-    start, stop = first * chunk_rows, min(last * chunk_rows, reader.manifest.rows(reader.split))
-    reads = chunk_reads(reader.group_rows, start, stop)
-    table = reader.gather(reads, np.arange(stop - start))
-    return [table.append_column(LANE, pa.array(np.arange(start, stop) // chunk_rows))]
+def node_resources() -> tuple[int, int]:
+    """CPUs, and bytes of the object store, that Ray has on this node."""
+    here = ray.get_runtime_context().get_node_id()
+    found = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return int(found.get("CPU", 0)), int(found["object_store_memory"])
 
 
 class _Pace(ExecutionCallback):
@@ -300,6 +96,7 @@ def train_stream(
     epochs: range,
     step: int = 0,
     entries: Entries | None = None,
+    ahead: ReadAhead,
 ) -> Iterator[pa.Table]:
     """This rank's part of every global batch of `epochs`, in order.
 
@@ -321,6 +118,7 @@ def train_stream(
         [(lanes, *item) for item in plan],
         [order.window_rows(window, lanes) for _, window in plan],
         reader.manifest.row_nbytes(reader.split),
+        ahead,
     )
     skipped = first * order.window_batches
     steps = range(skipped, len(epochs) * order.num_steps)
@@ -331,7 +129,13 @@ def train_stream(
 
 
 def eval_stream(
-    reader: ShardReader, *, chunk_rows: int, rank: int, world_size: int, task_rows: int
+    reader: ShardReader,
+    *,
+    chunk_rows: int,
+    rank: int,
+    world_size: int,
+    task_rows: int,
+    ahead: ReadAhead,
 ) -> Iterator[pa.Table]:
     """This rank's chunks of at most `chunk_rows` rows; all ranks together have each row once.
 
@@ -351,6 +155,7 @@ def eval_stream(
         spans,
         [min(stop * chunk_rows, rows) - start * chunk_rows for start, stop in spans],
         reader.manifest.row_nbytes(reader.split),
+        ahead,
     )
     yield from cut(tables, (min(chunk_rows, rows - i * chunk_rows) for i in range(first, last)))
 
@@ -361,6 +166,7 @@ def run_reads(
     items: Sequence[tuple[Any, ...]],
     rows: Sequence[int],
     row_nbytes: int,
+    ahead: ReadAhead,
 ) -> Iterator[pa.Table]:
     """Run `read(*shared, *item)` for every item on Ray Data; yield its tables in item order.
 
@@ -375,8 +181,12 @@ def run_reads(
     reads = small_reads(read, shared, items)
     for first in range(0, len(reads), READS_PER_EXECUTION):
         part = slice(first, first + READS_PER_EXECUTION)
+        # The table in use counts as well.
+        store_bytes = (1 + ahead.windows) * max(rows[part]) * row_nbytes
         dataset = _dataset(
-            reads[part], rows[part], row_nbytes, num_cpus=0, concurrency=CONCURRENT_READS
+            *(reads[part], rows[part], row_nbytes, store_bytes),
+            num_cpus=0,
+            concurrency=ahead.readers,
         )
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
@@ -393,7 +203,11 @@ def work_anywhere(
         part = items[first : first + ITEMS_PER_EXECUTION]
         stored = [ray.put(item) for item in part]  # an item may hold arrays; a task must be small
         reads = small_reads(_work, (function,), [(reference,) for reference in stored])
-        dataset = _dataset(reads, [1] * len(reads), RESULT_BYTES, num_cpus=1, concurrency=None)
+        dataset = _dataset(
+            *(reads, [1] * len(reads), RESULT_BYTES, 3 * RESULT_BYTES),
+            num_cpus=1,
+            concurrency=len(reads),
+        )
         tables: Any = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
         for table in tables:
             yield json.loads(table.column("result")[0].as_py())
@@ -423,21 +237,22 @@ def _dataset(
     reads: list[Callable[[], list[pa.Table]]],
     rows: Sequence[int],
     row_nbytes: int,
+    store_bytes: int,
     *,
     num_cpus: int,
-    concurrency: int | None,
+    concurrency: int,
 ) -> ray.data.Dataset:
-    with DataContext.current(_context(TABLES_AHEAD * max(rows) * row_nbytes)):
+    with DataContext.current(_context(store_bytes)):
         return ray.data.read_datasource(
             _PlannedReads(reads, rows, row_nbytes),
             # More blocks than tasks would make Ray split every table again.
             override_num_blocks=len(reads),
             num_cpus=num_cpus,
-            concurrency=min(concurrency or len(reads), len(reads)),
+            concurrency=min(concurrency, len(reads)),
         )
 
 
-def _context(ahead_bytes: int) -> DataContext:
+def _context(store_bytes: int) -> DataContext:
     """A copy of Ray Data's settings with ours; the process's own stay as they are."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -445,37 +260,8 @@ def _context(ahead_bytes: int) -> DataContext:
     context.execution_options.preserve_order = True
     # Without it every stream would take half of the object store, and there are several per worker.
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=ahead_bytes
+        object_store_memory=store_bytes
     )
     context.custom_execution_callback_classes = [_Pace]
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     return context
-
-
-def cut(tables: Iterable[pa.Table], counts: Iterator[int]) -> Iterator[pa.Table]:
-    """Cut a stream of tables into tables of exactly `counts` rows; slices share memory."""
-    source = iter(tables)
-    held: list[pa.Table] = []
-    for count in counts:
-        have = sum(table.num_rows for table in held)
-        while have < count:
-            table = next(source)
-            held.append(table)
-            have += table.num_rows
-        joined = pa.concat_tables(held) if len(held) > 1 else held[0]
-        yield joined.slice(0, count)
-        held = [joined.slice(count)] if joined.num_rows > count else []
-
-
-def columns(table: pa.Table, manifest: Manifest, split: Split) -> dict[str, np.ndarray]:
-    """Numpy columns of a table: int64 `sample_id`, `label`, `lane`, and one array per modality.
-
-    Resampled tables have int64 `keep`, sets with optional modalities int64 `present`. Modality
-    arrays are (rows, *shape) views of the Arrow buffers: read only.
-    """
-    names = ["sample_id", "label", LANE, *({KEEP, PRESENT} & set(table.column_names))]
-    result = {name: table.column(name).to_numpy() for name in names}
-    for modality in manifest.modalities:
-        values = _values(table.column(modality.name)).view(modality.dtype)
-        result[modality.name] = values.reshape(len(values), *modality.delivered(split))
-    return result

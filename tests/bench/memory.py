@@ -1,10 +1,13 @@
-"""Peak memory of one streamed epoch over N rows and over ten times N; prints one JSON line.
+"""Time and peak memory of a streamed epoch over N rows, 4 N and 16 N; prints one JSON line.
 
-    python tests/bench/memory.py [--files 6] [--window-mib 32]
+    python tests/bench/memory.py [--files 6] [--rounds 3] [--window-mib 32]
 
 Each epoch runs in a fresh process with a fresh Ray session, on the same windows and row groups; the
-smaller set is already larger than all that `train_stream` reads ahead. Linux only: `/proc` is read
-every 20 ms. Three peaks are printed, each of its own moment:
+smallest set is already larger than all that `train_stream` reads ahead. Its time counts from the
+first batch on, without the start of Ray's processes: `microseconds_per_row`. The sizes take turns,
+in reversed order in every other round; medians are printed, and ratios to the smallest size.
+
+Linux only: `/proc` is read every 20 ms. Three peaks are printed, each of its own moment:
 
 - `peak_rss_mib`: resident memory of this process (the driver) and of Ray's workers, without the
   shared memory they map. RSS proper counts a page of the object store in every process that has
@@ -24,11 +27,13 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
@@ -39,21 +44,18 @@ configure_ray()  # before Ray is imported
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
+from method_step import machine  # noqa: E402
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address  # noqa: E402
 from shards import make_order, write_shards  # noqa: E402
 
-from data.pipeline import (  # noqa: E402
-    CONCURRENT_READS,
-    TABLES_AHEAD,
-    ShardReader,
-    columns,
-    train_stream,
-)
+from data.pipeline import ReadAhead, train_stream  # noqa: E402
+from data.reader import ShardReader, columns  # noqa: E402
 
 OBJECT_STORE_BYTES = 1 << 30
 SAMPLE_SECONDS = 0.02
-TIMES = 10
-Peaks = dict[str, float]
+TIMES = (1, 4, 16)
+AHEAD = ReadAhead()
+Numbers = dict[str, float]
 
 
 def status_kib(pid: int, file: str, names: tuple[str, ...]) -> int:
@@ -90,7 +92,7 @@ def is_ray_worker(pid: int) -> bool:
         return False
 
 
-def sample(state: object) -> Peaks:
+def sample(state: object) -> Numbers:
     """Memory in MiB, now."""
     own, workers = os.getpid(), ray_workers()
     store = get_memory_info_reply(state).store_stats.object_store_bytes_used
@@ -105,8 +107,8 @@ def sample(state: object) -> Peaks:
     }
 
 
-def peaks_while(work: Callable[[], None]) -> Peaks:
-    """Run `work` in this thread; another one takes samples."""
+def peaks_while(work: Callable[[], Numbers]) -> Numbers:
+    """Run `work` in this thread, another one takes samples; returns what both found."""
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     peaks = sample(state)
     done = threading.Event()
@@ -119,26 +121,30 @@ def peaks_while(work: Callable[[], None]) -> Peaks:
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        work()
+        found = work()
     finally:
         done.set()
         thread.join()
-    return peaks
+    return found | {f"peak_{name}_mib": value for name, value in peaks.items()}
 
 
-def stream_epoch(reader: ShardReader, window_mib: int) -> None:
+def stream_epoch(reader: ShardReader, window_mib: int) -> Numbers:
     """Read every byte of one epoch and keep none."""
     order = make_order(reader, window_mib)
-    rows = 0
-    for table in train_stream(reader, order, rank=0, world_size=1, epochs=range(1)):
+    tables = train_stream(reader, order, rank=0, world_size=1, epochs=range(1), ahead=AHEAD)
+    first = next(tables)
+    began, rows = time.perf_counter(), first.num_rows
+    for table in tables:
         rows += table.num_rows
         for array in columns(table, reader.manifest, "train").values():
             array.reshape(-1).view(np.int64).sum()
+    seconds = time.perf_counter() - began
     assert rows == order.num_rows, (rows, order.num_rows)
+    return {"microseconds_per_row": 1e6 * seconds / (rows - first.num_rows)}
 
 
-def measure(reader: ShardReader, window_mib: int) -> Peaks:
-    """Peaks of one epoch; in a process of its own."""
+def measure(reader: ShardReader, window_mib: int) -> Numbers:
+    """Time and peaks of one epoch; in a process of its own."""
     ray.init(
         address="local",
         num_cpus=2,
@@ -161,36 +167,47 @@ def first_files(reader: ShardReader, count: int) -> ShardReader:
 
 def check_larger_than_read_ahead(reader: ShardReader, window_mib: int) -> None:
     order = make_order(reader, window_mib)
-    tables = 1 + TABLES_AHEAD + CONCURRENT_READS
+    tables = 1 + AHEAD.windows + AHEAD.readers
     rows = tables * order.window_rows(0, range(order.lanes))
     if order.num_rows < rows:
         raise SystemExit(
-            f"the smaller set has {order.num_rows} rows; it must have more than the {rows} that "
+            f"the smallest set has {order.num_rows} rows; it must have more than the {rows} that "
             "are read ahead; give more --files or a smaller --window-mib"
         )
 
 
-def run(files: int, window_mib: int) -> list[Peaks]:
-    """Peaks of the smaller set, then of the larger one."""
+def run(files: int, window_mib: int, rounds: int) -> dict[int, list[Numbers]]:
+    """Numbers of every round, by the size of the set."""
     with tempfile.TemporaryDirectory() as folder:
-        large = write_shards(Path(folder), TIMES * files)
-        small = first_files(large, files)
-        check_larger_than_read_ahead(small, window_mib)
+        largest = write_shards(Path(folder), TIMES[-1] * files)
+        readers = {times: first_files(largest, times * files) for times in TIMES}
+        check_larger_than_read_ahead(readers[1], window_mib)
+        found: dict[int, list[Numbers]] = {times: [] for times in TIMES}
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-            return [pool.submit(measure, reader, window_mib).result() for reader in (small, large)]
+            for turn in range(rounds):
+                for times in TIMES[:: 1 if turn % 2 == 0 else -1]:
+                    numbers = pool.submit(measure, readers[times], window_mib).result()
+                    found[times].append(numbers)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--files", type=int, default=6, help="files of 1,024 rows of the small set")
+    parser.add_argument(
+        "--files", type=int, default=6, help="files of 1,024 rows of the smallest set"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="epochs of every size")
     parser.add_argument("--window-mib", type=int, default=32, help="train.shuffle_window_mib")
     args = parser.parse_args()
-    once, ten = run(args.files, args.window_mib)
-    result: dict[str, object] = {"bench": "memory", "config": vars(args)}
-    for name in once:
-        result[f"peak_{name}_mib_1x"] = round(once[name], 1)
-        result[f"peak_{name}_mib_10x"] = round(ten[name], 1)
-        result[f"ratio_{name.replace('object_', '')}"] = round(ten[name] / once[name], 4)
+    about = machine(threads=1)
+    found = run(args.files, args.window_mib, args.rounds)
+    result: dict[str, object] = {"bench": "memory", "machine": about, "config": vars(args)}
+    for name in found[1][0]:
+        middle = {times: median(each[name] for each in found[times]) for times in TIMES}
+        for times, value in middle.items():
+            result[f"{name}_{times}x"] = round(value, 1)
+            if times > 1:
+                result[f"{name}_ratio_{times}x"] = round(value / middle[1], 4)
     print(json.dumps(result, sort_keys=True))
 
 

@@ -56,8 +56,9 @@ from torchvision import transforms  # noqa: E402
 from data.config import DataConfig  # noqa: E402
 from data.draws import uniform  # noqa: E402
 from data.order import Order  # noqa: E402
-from data.pipeline import ShardReader, columns, cut, read_window, train_stream  # noqa: E402
+from data.pipeline import ReadAhead, train_stream  # noqa: E402
 from data.prepare import prepare  # noqa: E402
+from data.reader import ShardReader, columns, cut, read_window  # noqa: E402
 from service.config import RunConfig  # noqa: E402
 from service.rows import make_order, row_spec  # noqa: E402
 from training.augment import augment, num_uniform  # noqa: E402
@@ -222,7 +223,7 @@ def make_sides(
 
     def from_ray(epoch: int) -> Iterator[Tensors]:
         epochs = range(epoch, epoch + 1)
-        tables = train_stream(reader, order, rank=0, world_size=1, epochs=epochs)
+        tables = train_stream(reader, order, rank=0, world_size=1, epochs=epochs, ahead=ReadAhead())
         return (tensors(table, reader) for table in tables)
 
     sides: dict[str, Side] = {

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.order import Order
-from data.pipeline import ShardReader
+from data.reader import ShardReader
 from data.schema import Manifest, Modality, Shard
 
 MODALITIES = (

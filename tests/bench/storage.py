@@ -32,8 +32,8 @@ from method_step import machine  # noqa: E402
 from reading import BATCH_SIZE, LANES, write_tree  # noqa: E402
 
 from data.order import Order  # noqa: E402
-from data.pipeline import ShardReader, columns, read_window  # noqa: E402
 from data.prepare import prepare  # noqa: E402
+from data.reader import ShardReader, columns, read_window  # noqa: E402
 from service.config import RunConfig  # noqa: E402
 from service.rows import make_order  # noqa: E402
 

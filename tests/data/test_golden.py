@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.config import DataConfig
-from data.pipeline import ShardReader, columns, read_chunks
 from data.prepare import prepare
 from data.processors import parts
+from data.reader import ShardReader, columns, read_chunks
 from data.schema import Manifest, Modality, Split, load_manifest
 from data.sources import build_source
 from tests.data.golden import raw

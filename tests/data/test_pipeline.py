@@ -13,24 +13,21 @@ from ray.experimental import get_local_object_locations
 from data import pipeline
 from data.order import Order, chunk_reads
 from data.pipeline import (
-    CONCURRENT_READS,
-    TABLES_AHEAD,
-    ShardReader,
-    columns,
-    cut,
+    ReadAhead,
     eval_stream,
-    locate,
-    read_window,
+    node_resources,
     run_reads,
-    sample_index,
     small_reads,
     train_stream,
 )
 from data.prepare import prepare
+from data.reader import ShardReader, columns, cut, locate, read_window, sample_index
 from data.schema import DataError, Manifest, Modality, Shard
 from data.sources import DataConfig
 
 pytestmark = pytest.mark.ray
+
+AHEAD = ReadAhead(readers=2, windows=3)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +71,13 @@ def test_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
     order = make_order(reader)
     stored = ids(whole(reader))
     planned = [stored[i] for epoch in range(2) for i in plan_rows(order, epoch)]
-    alone = list(train_stream(reader, order, rank=0, world_size=1, epochs=range(2)))
+    alone = list(train_stream(reader, order, rank=0, world_size=1, epochs=range(2), ahead=AHEAD))
     assert len(alone) == 2 * order.num_steps
     assert [i for table in alone for i in ids(table)] == planned
     assert "keep" not in alone[0].column_names
     parts = [
-        list(train_stream(reader, order, rank=r, world_size=2, epochs=range(2))) for r in range(2)
+        list(train_stream(reader, order, rank=r, world_size=2, epochs=range(2), ahead=AHEAD))
+        for r in range(2)
     ]
     for both, first, second in zip(alone, *parts, strict=True):
         assert ids(both) == ids(first) + ids(second)
@@ -87,16 +85,40 @@ def test_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
 
 def test_starting_in_the_middle_gives_the_rest(reader: ShardReader):
     order = make_order(reader)
-    every = list(train_stream(reader, order, rank=1, world_size=2, epochs=range(3, 5)))
-    rest = list(train_stream(reader, order, rank=1, world_size=2, epochs=range(3, 5), step=8))
+    every = list(train_stream(reader, order, rank=1, world_size=2, epochs=range(3, 5), ahead=AHEAD))
+    rest = list(
+        train_stream(reader, order, rank=1, world_size=2, epochs=range(3, 5), step=8, ahead=AHEAD)
+    )
     assert [ids(table) for table in rest] == [ids(table) for table in every[8:]]
+
+
+@pytest.mark.parametrize("ahead", [ReadAhead(1, 1), ReadAhead(4, 6)])
+def test_how_far_is_read_ahead_changes_nothing(reader: ShardReader, ahead: ReadAhead):
+    order = make_order(reader)
+    some, other = (
+        list(train_stream(reader, order, rank=0, world_size=1, epochs=range(2), ahead=each))
+        for each in (AHEAD, ahead)
+    )
+    assert all(a.equals(b) for a, b in zip(some, other, strict=True))
+
+
+def test_resources_of_this_node():
+    cpus, store_bytes = node_resources()
+    assert cpus == 1
+    assert store_bytes > 1 << 20
 
 
 def test_long_plans_run_as_several_executions(reader: ShardReader, monkeypatch: pytest.MonkeyPatch):
     order = make_order(reader)
-    once = [ids(t) for t in train_stream(reader, order, rank=0, world_size=1, epochs=range(2))]
+    once = [
+        ids(t)
+        for t in train_stream(reader, order, rank=0, world_size=1, epochs=range(2), ahead=AHEAD)
+    ]
     monkeypatch.setattr(pipeline, "READS_PER_EXECUTION", 3)
-    again = [ids(t) for t in train_stream(reader, order, rank=0, world_size=1, epochs=range(2))]
+    again = [
+        ids(t)
+        for t in train_stream(reader, order, rank=0, world_size=1, epochs=range(2), ahead=AHEAD)
+    ]
     assert again == once
 
 
@@ -109,7 +131,11 @@ def test_resampled_stream_is_the_plan_and_ranks_add_up(reader: ShardReader):
     entries = locate(sample_index(reader), sample_id, keep)
     order = Order(entries.group_rows, 64, 8, 6, seed=3)
     alone, *parts = [
-        list(train_stream(reader, order, rank=r, world_size=w, epochs=range(2), entries=entries))
+        list(
+            train_stream(
+                reader, order, rank=r, world_size=w, epochs=range(2), entries=entries, ahead=AHEAD
+            )
+        )
         for r, w in ((0, 1), (0, 2), (1, 2))
     ]
     for both, first, second in zip(alone, *parts, strict=True):
@@ -157,7 +183,7 @@ def test_evaluation_has_every_row_once_in_fixed_chunks(reader: ShardReader, worl
         table
         for rank in range(world_size)
         for table in eval_stream(
-            reader, chunk_rows=64, rank=rank, world_size=world_size, task_rows=200
+            reader, chunk_rows=64, rank=rank, world_size=world_size, task_rows=200, ahead=AHEAD
         )
     ]
     assert [i for part in parts for i in ids(part)] == ids(whole(reader))
@@ -175,7 +201,9 @@ def test_a_task_makes_one_block_whatever_its_size(
     target = order.num_rows * row_nbytes // 3
     monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", target)
     items = [(range(8), epoch, 0) for epoch in range(3)]
-    tables = run_reads(read_window, (reader, order, None), items, [order.num_rows] * 3, row_nbytes)
+    tables = run_reads(
+        read_window, (reader, order, None), items, [order.num_rows] * 3, row_nbytes, AHEAD
+    )
     assert [table.num_rows for table in tables] == [order.num_rows] * 3
     assert DataContext.get_current().target_max_block_size == target
 
@@ -195,9 +223,11 @@ def test_evaluation_runs_while_training_is_paused_and_no_cpu_is_free(
     worker = Worker.remote()
     ray.get(worker.ready.remote())  # pyright: ignore[reportFunctionMemberAccess]
     order = make_order(reader)
-    training = train_stream(reader, order, rank=0, world_size=1, epochs=range(5))
+    training = train_stream(reader, order, rank=0, world_size=1, epochs=range(5), ahead=AHEAD)
     steps = [ids(next(training)) for _ in range(8)]
-    chunks = list(eval_stream(reader, chunk_rows=64, rank=0, world_size=1, task_rows=200))
+    chunks = list(
+        eval_stream(reader, chunk_rows=64, rank=0, world_size=1, task_rows=200, ahead=AHEAD)
+    )
     assert sum(chunk.num_rows for chunk in chunks) == order.num_rows
     steps += [ids(table) for table in training]
     assert len(steps) == 5 * order.num_steps
@@ -211,10 +241,10 @@ def test_a_paused_stream_does_not_read_on(reader: ShardReader, tmp_path_factory)
         (folder / str(name)).touch()
         return [pa.table({"name": np.full(1 << 17, name)})]
 
-    tables = run_reads(read, (), [(i,) for i in range(40)], [1 << 17] * 40, 8)
+    tables = run_reads(read, (), [(i,) for i in range(40)], [1 << 17] * 40, 8, AHEAD)
     next(tables)
     time.sleep(3)
-    assert len(list(folder.iterdir())) <= 1 + TABLES_AHEAD + CONCURRENT_READS
+    assert len(list(folder.iterdir())) <= 2 + AHEAD.windows + AHEAD.readers
     assert [table["name"][0].as_py() for table in tables] == list(range(1, 40))
 
 
@@ -242,7 +272,9 @@ def test_tasks_of_a_large_set_are_small(reader: ShardReader):
 
 
 def test_columns_are_views_with_the_right_values(reader: ShardReader):
-    table = next(eval_stream(reader, chunk_rows=64, rank=0, world_size=1, task_rows=64))
+    table = next(
+        eval_stream(reader, chunk_rows=64, rank=0, world_size=1, task_rows=64, ahead=AHEAD)
+    )
     for piece in (table, table.slice(5, 7)):
         arrays = columns(piece, reader.manifest, "train")
         for modality in reader.manifest.modalities:

@@ -9,7 +9,7 @@ import pytest
 from data.draws import uniform
 from data.folder import Folder
 from data.order import Entries, Read, chunk_reads
-from data.pipeline import LANE, ShardReader, columns, read_chunks, sample_index
+from data.reader import LANE, ShardReader, columns, read_chunks, sample_index
 from data.schema import Manifest, Modality, Split
 from data.shards import write_shard
 from data.sources.base import Item, TensorSource

@@ -1,15 +1,19 @@
 """The bridge between the reader and the loop: columns become batches, from any step on."""
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from data.pipeline import ReadAhead
 from data.prepare import prepare
 from data.schema import Manifest
 from service.config import load_preset
-from service.rows import WorkerRows, make_order
+from service.feed import STEPS_MEASURED, Feed, FeedMeter
+from service.rows import WorkerRows, make_order, one_ahead
 from training.batch import Batch
 from training.methods.base import Resampling
 
@@ -89,3 +93,67 @@ def test_validation_is_the_same_from_the_cache(prepared: tuple[Manifest, Path]):
     for a, b in zip(first, second, strict=True):
         assert (a.sample_id == b.sample_id).all()
         assert (a.inputs["image"] == b.inputs["image"]).all()
+
+
+def test_the_stream_begins_again_to_read_further_ahead_and_rows_stay(
+    prepared: tuple[Manifest, Path], monkeypatch: pytest.MonkeyPatch
+):
+    def ids(rows: WorkerRows) -> list[list[int]]:
+        return [batch.sample_id.tolist() for e in range(2) for batch in rows.train(e, None, 0)]
+
+    expected = ids(rows_of(prepared))
+    further = ReadAhead(3, 4)
+
+    def choose(meter: FeedMeter, reader_rows: float, training_rows: float | None) -> Feed:
+        return Feed(reader_rows, training_rows, further if training_rows else ReadAhead())
+
+    monkeypatch.setattr(FeedMeter, "_choose", choose)
+    rows = rows_of(prepared)
+    assert rows.feed is None
+    assert ids(rows) == expected
+    assert len(expected) > STEPS_MEASURED
+    assert rows.feed is not None
+    assert rows.feed.ahead == further
+    assert rows.feed.training_rows is not None
+    assert rows.prepare_seconds > 0
+
+
+def test_one_item_is_made_ahead():
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    source = one_ahead(items(), torch.device("cpu"))
+    assert made == []
+    assert next(source) == 0
+    deadline = time.monotonic() + 20
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [0, 1]
+    assert list(source) == [1, 2, 3, 4]
+
+
+def test_an_error_comes_out_where_its_item_was_due():
+    def items() -> Iterator[int]:
+        yield 0
+        yield 1
+        raise ValueError("broken row")
+
+    source = one_ahead(items(), torch.device("cpu"))
+    assert [next(source), next(source)] == [0, 1]
+    with pytest.raises(ValueError, match="broken row"):
+        next(source)
+    assert next(source, None) is None
+
+
+def test_the_thread_ends_when_training_stops_early():
+    before = set(threading.enumerate())
+    source = one_ahead(iter(range(100)), torch.device("cpu"))
+    assert next(source) == 0
+    (thread,) = set(threading.enumerate()) - before
+    del source
+    thread.join(20)
+    assert not thread.is_alive()

@@ -156,6 +156,40 @@ def test_a_sample_does_not_depend_on_its_batch(spec, per_frame):
     assert augment(rows[:0], spec, uniform[:0]).shape == (0, *spec.shape)
 
 
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("delivered", [(24, 20), (40, 36), (12, 16)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(IMAGE, crop=True, flip=True, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1), scale=255),
+        replace(FRAMES, crop=True),
+        replace(FLOW, crop=True, flip=True, mean=(0.5, 0.5), std=(0.2, 0.3), scale=255),
+        RowSpec("image", (1, 24, 20), crop=True, flip=True),
+    ],
+)
+def test_bytes_on_a_cpu_become_what_other_rows_become(spec, per_frame, delivered):
+    """One picture at a time against the batched resampling; and in the order convolutions want."""
+    spec = replace(spec, per_frame=per_frame)
+    rows, uniform = pictures(6, *spec.shape[:-2], *delivered), numbers(spec, 6)
+    found, expected = augment(rows, spec, uniform), augment(rows.float(), spec, uniform)
+    grey_level = 1 / (spec.scale * min(spec.std, default=1.0))
+    torch.testing.assert_close(found, expected, atol=1e-2 * grey_level, rtol=0)
+    encoded = found.reshape(-1, *spec.shape[-3:])
+    assert encoded.data_ptr() == found.data_ptr()
+    assert encoded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bytes_are_normalised_like_other_rows():
+    """Also where nothing is drawn, as in evaluation, and for mirrored flow that is not cropped."""
+    spec = replace(FLOW, flip=True, mean=(0.5, 0.4), std=(0.2, 0.3), scale=255.0)
+    rows, uniform = pictures(8, *FLOW.shape), numbers(spec, 8)
+    assert torch.equal(augment(rows, spec, None), augment(rows.float(), spec, None))
+    assert torch.equal(augment(rows, spec, uniform), augment(rows.float(), spec, uniform))
+    bare = augment(rows, FLOW, None)
+    assert bare.dtype == torch.float32
+    assert torch.equal(bare, rows.float())
+
+
 def test_frames_of_a_clip_are_changed_alike_unless_asked_otherwise():
     alike = replace(FRAMES, **EVERYTHING)
     rows = pictures(2, 1, 3, 40, 36).expand(2, 3, 3, 40, 36)
