@@ -1,17 +1,20 @@
 """`midas`: verbs, flags and exit codes. Heavy imports happen in the verbs."""
 
 import argparse
+import atexit
+import contextlib
 import itertools
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from service.config import RunConfig
     from service.console import Console
+    from service.faults import Fault
 
 DESCRIPTION = """\
 Train multimodal models that use all their modalities: MIDAS and its rivals on Ray.
@@ -28,6 +31,19 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
 
 PRESET_VERBS = ("prepare", "train", "compare", "bench")
 PLAIN_FLAGS = ("--json", "--debug", "--dry-run")
+
+
+def command() -> NoReturn:
+    """The `midas` command: `main`, and an end without a second of taking modules apart."""
+    try:
+        code = main()
+    except SystemExit as stop:  # argparse, tyro
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,9 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", nargs="+", default=methods, help="default: joint joint_uni midas"
     )
     compare.add_argument("--seeds", nargs="+", type=int, default=seeds, help="default: 0 1 2")
-    bench = verb(
-        "bench", "measure how fast a configuration trains here", preset=True, parent=table
-    )
+    bench = verb("bench", "measure how fast a configuration trains here", preset=True, parent=table)
     bench.add_argument(
         "--seconds", type=float, default=60.0, help="time to measure, after the start (default: 60)"
     )
@@ -205,8 +219,7 @@ def _prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
 
 def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     from service import launch
-    from service.cluster import check_local_capacity
-    from service.faults import parse_faults
+    from service.cluster import check_local_capacity, lazy_session
 
     config = _config(args, rest)
     if args.chaos:
@@ -227,21 +240,33 @@ def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
     if outcome is None:
         check_local_capacity(config.scaling)
         console.status(f"run {config.name}")
-        with console.counter("preparing") as progress:
-            prepared = launch.ensure_prepared(config, progress, debug=args.debug)
-        faults = parse_faults(args.faults) if args.faults else ()
-        outcome = launch.train(
-            config, prepared.folder, view=console.progress, faults=faults, debug=args.debug
-        )
+        faults = _faults(args.faults)
+        with lazy_session(config, debug=args.debug) as session:
+            with console.counter("preparing") as progress:
+                prepared = launch.ensure_prepared(
+                    config, progress, session=session, debug=args.debug
+                )
+            outcome = launch.train(
+                config, prepared.folder, view=console.progress, faults=faults, session=session
+            )
     console.summary(outcome)
     return outcome.result
 
 
+def _faults(text: str | None) -> "list[Fault]":
+    if not text:
+        return []
+    from service.faults import parse_faults
+
+    return parse_faults(text)
+
+
 def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
-    from service.compare import compare, compare_runs
     from service.config import ConfigError
 
     if args.runs:
+        from service.compare import compare_runs
+
         parser = argparse.ArgumentParser("midas compare --runs RUN ...", allow_abbrev=False)
         parser.add_argument("--storage", default="runs", help="folder of the runs")
         storage = parser.parse_args(rest).storage
@@ -251,7 +276,10 @@ def _compare(args: argparse.Namespace, rest: list[str], console: "Console") -> d
                 "have their settings; leave the preset out"
             )
         return compare_runs(args.runs, storage, console)
-    return compare(_config(args, rest), args.methods, args.seeds, console, debug=args.debug)
+    config = _config(args, rest)
+    from service.compare import compare
+
+    return compare(config, args.methods, args.seeds, console, debug=args.debug)
 
 
 def _bench(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
@@ -318,4 +346,4 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, 
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -43,31 +44,113 @@ class HeadLostError(RunError):
     """The head of the Ray cluster is gone, and the cluster with it."""
 
 
+class Session:
+    """Ray for one command: joins RAY_ADDRESS, or starts a local cluster and ends it.
+
+    Nothing is started before `start` or `ready`. Inside the session of another, it does nothing.
+
+    Args:
+        scaling: size of the worker groups to come.
+        debug: show Ray's own output.
+    """
+
+    def __init__(self, scaling: ScalingConfig, *, debug: bool):
+        self._scaling = scaling
+        self._debug = debug
+        self._is_inner = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+        self._address = environment()["RAY_ADDRESS"]
+        self._thread: threading.Thread | None = None
+        self._started, self._may_end, self._ended = (threading.Event() for _ in range(3))
+        self._error: Exception | None = None
+
+    def start(self) -> None:
+        """Begin to start Ray, beside what the caller does next.
+
+        Raises:
+            RunError: the machine cannot hold the workers.
+        """
+        if self._thread is None and not self._is_inner:
+            check_local_capacity(self._scaling)
+            _import_ray()
+            self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
+            self._thread.start()
+
+    def ready(self) -> None:
+        """Wait until Ray runs.
+
+        Raises:
+            RunError: Ray did not start, or the machine or cluster cannot hold the workers.
+        """
+        self.start()
+        if self._thread:
+            _wait_for(self._started)
+        if self._error:
+            raise self._error
+        import ray
+
+        _check_cluster_capacity(self._scaling, ray.cluster_resources())
+
+    def end(self) -> None:
+        """Begin to end Ray, beside what the caller does next."""
+        self._may_end.set()
+
+    def close(self) -> None:
+        """End Ray, also in the middle of its start."""
+        self.end()
+        if self._thread:
+            _wait_for(self._ended)
+
+    def _run(self) -> None:
+        """Start Ray and end it: one thread, since Linux ends its processes with their thread."""
+        import ray
+
+        os.environ |= {
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(self._scaling.start_timeout_seconds),
+            # Nodes of a cluster may be taken away with a notice; this machine is not.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(self._address is not None)),
+        }
+        try:
+            _start_ray(self._address, debug=self._debug)
+        except Exception as error:  # handed to the main thread
+            self._error = error
+        self._started.set()
+        self._may_end.wait()
+        ray.shutdown()
+        self._ended.set()
+
+
 @contextlib.contextmanager
-def ray_session(config: RunConfig, *, debug: bool) -> Iterator[None]:
-    """A Ray session for this process: joins RAY_ADDRESS, or starts a local cluster and ends it.
+def lazy_session(config: RunConfig, *, debug: bool) -> Iterator[Session]:
+    """A session that starts when it is asked to, and ends with the body.
 
-    While it is open, SIGINT and SIGTERM raise KeyboardInterrupt in the main thread. Inside an open
-    session it does nothing, so several runs can share one.
-
-    Raises:
-        RunError: Ray did not start, or the machine or cluster cannot hold the workers.
+    In the body, SIGINT and SIGTERM raise KeyboardInterrupt in the main thread.
     """
     configure_ray()
-    check_local_capacity(config.scaling)
-    import ray
+    session = Session(config.scaling, debug=debug)
+    with _interrupts():
+        try:
+            yield session
+        finally:
+            session.close()
 
-    if ray.is_initialized():
-        _check_cluster_capacity(config.scaling, ray.cluster_resources())
-        yield
-        return
-    try:
-        _start_ray(environment()["RAY_ADDRESS"], debug=debug)
-        with _interrupts():  # ray.init replaces handlers that were there before
-            _check_cluster_capacity(config.scaling, ray.cluster_resources())
-            yield
-    finally:
-        ray.shutdown()
+
+@contextlib.contextmanager
+def ray_session(config: RunConfig, *, debug: bool) -> Iterator[Session]:
+    """A session that is ready when the body begins; see `lazy_session`."""
+    with lazy_session(config, debug=debug) as session:
+        session.ready()
+        yield session
+
+
+def _import_ray() -> None:
+    """What `ray.init` imports; packages with cycles break where two threads import them at once."""
+    import ray._common.usage.usage_lib
+    import ray.dashboard.optional_deps  # noqa: F401
+
+
+def _wait_for(event: threading.Event) -> None:
+    while not event.wait(timeout=0.2):  # without timeout, signals would not interrupt it
+        pass
 
 
 def _start_ray(address: str | None, *, debug: bool) -> None:
@@ -94,6 +177,7 @@ def _start_ray(address: str | None, *, debug: bool) -> None:
             "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         )
     level = logging.INFO if debug else logging.ERROR
+    logging.getLogger("ray").setLevel(level)
     try:
         ray.init(**cluster, log_to_driver=debug, logging_level=level)  # pyright: ignore[reportArgumentType]
     except Exception as error:  # Ray raises all kinds here, ValueError and bare Exception too
@@ -101,6 +185,11 @@ def _start_ray(address: str | None, *, debug: bool) -> None:
         raise RunError(
             f"Ray could not {what}: {reason}; {remedy}; --debug shows the trace and Ray's own log"
         ) from error
+
+
+def load_workers() -> None:
+    """Import what `run_workers` needs, which takes seconds that may pass while Ray starts."""
+    from service import group, worker  # noqa: F401
 
 
 def run_workers(
@@ -120,21 +209,18 @@ def run_workers(
     """
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     from service import worker
+    from service.group import ClusterTrainer, LocalTrainer, TorchGroup
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
     use_gpu = _use_gpu(scaling, ray.cluster_resources())
     remote = environment()["RAY_ADDRESS"] is not None
-    # Nodes of a cluster may be taken away with a notice; this machine is not.
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(remote))
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    trainer = TorchTrainer(
+    trainer = (ClusterTrainer if remote else LocalTrainer)(
         getattr(worker, loop),
         train_loop_config=payload,
-        torch_config=worker.TerminableTorchConfig(timeout_s=COLLECTIVE_SECONDS),
+        backend_config=TorchGroup(COLLECTIVE_SECONDS),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=use_gpu,

@@ -14,9 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
-from training.encoders import ModelConfig
-from training.methods import MidasConfig, OgmGeConfig
-from training.optim import OptimConfig
+from training.config import MidasConfig, ModelConfig, OgmGeConfig, OptimConfig
 
 PRESETS = Path(__file__).parent.parent / "tune_configs"
 NAMED_FLAG = re.compile(
@@ -94,6 +92,18 @@ class CheckpointConfig(BaseModel):
     None keeps checkpoints in the run's folder."""
 
 
+class FeedConfig(BaseModel):
+    """How far each worker reads ahead; changes no result, and may change when a run continues."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    readers: int | None = Field(default=None, ge=1)
+    """Read tasks that run at a time; None takes what a short measurement at the start calls for."""
+    windows_ahead: int | None = Field(default=None, ge=1)
+    """Shuffle windows beyond the one in use that are read or being read; None follows the
+    readers."""
+
+
 class ScalingConfig(BaseModel):
     """How many processes train, and on what."""
 
@@ -147,6 +157,7 @@ class RunConfig(BaseModel):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    feed: FeedConfig = FeedConfig()
     scaling: ScalingConfig = ScalingConfig()
     experiment: str = "midas"
     """MLflow experiment."""

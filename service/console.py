@@ -48,7 +48,7 @@ RESULT_ROWS = {
 CHAOS_COLUMNS = ("seconds_to_first_new_step", "steps_replayed")
 
 # "phase", "epoch" (0-based), "num_epochs", "step" (done in this epoch), "steps_per_epoch" and,
-# once they are known, "train/loss", "val/accuracy", "alpha" (by modality).
+# once they are known, "train/loss", "val/accuracy", "alpha" (by modality), "notes" (lines to show).
 Progress = Mapping[str, Any]
 
 
@@ -260,6 +260,7 @@ class ProgressView:
         self._log_seconds = log_seconds
         self._stale: Progress | None = None
         self._record: Progress | None = None
+        self._noted: list[str] = []
         self._eta = Eta()
         self._remaining: float | None = None
         self._started = self._logged = time.monotonic()
@@ -327,6 +328,10 @@ class ProgressView:
         if record is None or record in (self._stale, self._record):
             return
         self._record = record
+        for note in record.get("notes", ()):
+            if note not in self._noted:
+                self._noted.append(note)
+                logger.info("%s", note)
         total = record["num_epochs"] * record["steps_per_epoch"]
         self._remaining = self._eta.update(_fraction(record), time.monotonic(), total)
 

@@ -74,6 +74,7 @@ class Loop:
         batches: of an epoch.
         between: called after a turn with its numbers; returns the steps of the next one. May raise
             TheEnd.
+        prepare_seconds: see Hooks.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class Loop:
         stepper: Stepper,
         batches: Callable[[int], Iterator[Batch]],
         between: Callable[[Numbers], int],
+        prepare_seconds: Callable[[], float] = float,
     ):
         self._stepper = stepper
         self._batches = batches
         self._between = between
+        self._prepare_seconds = prepare_seconds
 
     def run(self) -> None:
         """Train until TheEnd."""
@@ -98,6 +101,7 @@ class Loop:
             on_trained=lambda position, validates: None,
             validate=dict,
             on_epoch=lambda epoch, metrics: None,
+            prepare_seconds=self._prepare_seconds,
         )
         parts = (self._stepper.method, self._stepper.optimizer, self._stepper.schedule)
         self._begin(WARMUP_STEPS)
@@ -169,7 +173,8 @@ class _Conductor:
     def turns(self) -> dict[str, Any]:
         """Train until the time is up; returns the contenders' turns, and what they were in."""
         stepper = Stepper(self._config, self._manifest, self._device)
-        Loop(stepper, self._batches, self._between).run()
+        rows = self._rows
+        Loop(stepper, self._batches, self._between, lambda: rows.prepare_seconds).run()
         if rank() == 0:
             write_text(self._folder / END, "")
         return {

@@ -15,25 +15,27 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from data.folder import Folder
 from data.prepare import CARD_NAMES, Part, PrepareReport, Work, default_folder, prepare
-from data.schema import Manifest, load_manifest
+from data.schema import MANIFEST_NAME, Manifest, load_manifest
 from data.shards import ShardOutcome
 from service import tracking
 from service.cluster import (
     RunError,
+    Session,
     check_local_capacity,
+    lazy_session,
+    load_workers,
     ray_session,
     run_workers,
     signals_ignored,
 )
 from service.config import ConfigError, RunConfig, config_yaml, difference
 from service.environment import environment
-from service.faults import Fault
 from service.figures import curves
 from service.files import (
     ATTEMPT_NAME,
@@ -47,12 +49,15 @@ from service.files import (
     read_json,
     write_text,
 )
-from service.storage import CheckpointStore
+
+if TYPE_CHECKING:
+    from service.faults import Fault
+    from service.storage import CheckpointStore
 
 log = logging.getLogger(__name__)
 
 # Settings that may change when a run is continued: they do not change what it computes.
-FREE = ("scaling", "checkpoint", "storage", "name", "experiment")
+FREE = ("scaling", "feed", "checkpoint", "storage", "name", "experiment")
 
 View = Callable[[Callable[[], dict[str, Any] | None]], AbstractContextManager[Any]]
 
@@ -87,19 +92,36 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def ensure_prepared(
-    config: RunConfig, progress: Callable[[int, int], None], *, debug: bool = False
+    config: RunConfig,
+    progress: Callable[[int, int], None],
+    *,
+    session: Session | None = None,
+    debug: bool = False,
 ) -> PrepareReport:
-    """Prepare the data set if needed, on the cluster if it is large, and check every shard."""
+    """Prepare the data set if needed, on the cluster if it is large, and check every shard.
+
+    Args:
+        session: is started beside, once settings and raw files are found to be usable.
+    """
     folder = default_folder(config.data, Path(config.storage))
+
+    def report(done: int, total: int) -> None:
+        if session:
+            session.start()
+        progress(done, total)
 
     @contextlib.contextmanager
     def cluster() -> Iterator[Callable[[Work, list[Part]], Iterator[ShardOutcome]]]:
         from data.pipeline import work_anywhere
 
+        if session:
+            session.ready()
         with ray_session(config, debug=debug):
             yield lambda work, parts: map(ShardOutcome.model_validate, work_anywhere(work, parts))
 
-    return prepare(config.data, folder, progress, cluster)
+    if session and folder.has(MANIFEST_NAME):
+        session.start()
+    return prepare(config.data, folder, report, cluster)
 
 
 def finished(config: RunConfig) -> RunOutcome | None:
@@ -138,7 +160,8 @@ def train(
     data_folder: Folder,
     *,
     view: View,
-    faults: Sequence[Fault] = (),
+    faults: "Sequence[Fault]" = (),
+    session: Session | None = None,
     debug: bool = False,
 ) -> RunOutcome:
     """Run a training to its end: train, test, record. The same name continues.
@@ -148,6 +171,7 @@ def train(
         data_folder: from `ensure_prepared`.
         view: shows progress, given a function that reads the latest record.
         faults: what the workers are to do to the run.
+        session: of this run alone; it ends while results are recorded.
 
     Raises:
         ConfigError: something is wrong before anything has started.
@@ -161,11 +185,17 @@ def train(
     check_plan(config, manifest)
     folder = _folder(config)
     run = _Run(config, manifest, data_folder, faults)
+    run.load()
     try:
-        with ray_session(config, debug=debug), _locked(folder), run.tracked():
+        with contextlib.ExitStack() as stack:
+            session = session or stack.enter_context(lazy_session(config, debug=debug))
+            session.ready()
+            stack.enter_context(_locked(folder))
+            stack.enter_context(run.tracked())
             write_text(folder / ATTEMPT_NAME, run.attempt)
             with view(lambda: read_json(folder / PROGRESS_NAME)):
                 returned = run_workers("train_worker", config.scaling, folder, run.payload())
+            session.end()
             run.finish(returned, time.monotonic() - began)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
@@ -200,7 +230,7 @@ class _Run:
     """One training run: its MLflow run, its files and its result."""
 
     def __init__(
-        self, config: RunConfig, manifest: Manifest, data_folder: Folder, faults: Sequence[Fault]
+        self, config: RunConfig, manifest: Manifest, data_folder: Folder, faults: "Sequence[Fault]"
     ):
         self._config = config
         self._faults = {"faults": [asdict(f) for f in faults], "driver": os.getpid()}
@@ -215,6 +245,11 @@ class _Run:
         # Read now: when the run is closed, nothing of this kind may fail any more.
         self._cards = {f"data/{name}": data_folder.read(name).decode() for name in CARD_NAMES}
         self.result: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Import what takes seconds, while Ray starts."""
+        tracking.load(self._uri)
+        load_workers()
 
     def payload(self) -> dict[str, Any]:
         """Arguments of `train_worker`."""
@@ -337,12 +372,14 @@ def checkpoints_uri(config: RunConfig) -> str:
     return f"{place.rstrip('/')}/{config.name}{mark}{query}"
 
 
-def checkpoint_store(config: RunConfig) -> CheckpointStore:
+def checkpoint_store(config: RunConfig) -> "CheckpointStore":
     """The checkpoints of a run.
 
     Raises:
         ConfigError: the storage cannot be used.
     """
+    from service.storage import CheckpointStore
+
     try:
         return CheckpointStore.at(checkpoints_uri(config))
     except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from data.order import Order
@@ -17,6 +18,7 @@ from service.files import (
     write_text,
 )
 from service.tracking import RunLogger
+from training.clock import gpu_utilization
 from training.loop import Position
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Reporter:
         self._folder = folder
         self._shown = 0.0
         self._record: dict[str, Any] = {}
+        self._gpu_percent: list[float] = []
         self._logger = RunLogger(**tracking)
         rows = read_history(folder / HISTORY_NAME)
         self._recorded = {int(row["epoch"]) for row in rows}
@@ -56,6 +59,11 @@ class Reporter:
         if time.monotonic() - self._shown > PROGRESS_SECONDS:
             loss = float(position.totals["loss_sum"] / position.totals["rows"])
             self._progress(position.epoch, position.step, {"train/loss": loss})
+            self._watch_gpu()
+
+    def note(self, text: str) -> None:
+        """Show a line once, with the next progress record."""
+        self._record["notes"] = [*self._record.get("notes", []), text]
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         """Record the metrics of an epoch."""
@@ -64,7 +72,7 @@ class Reporter:
         self._progress(epoch, self._steps_per_epoch, {"alpha": alpha, **shown})
         if epoch in self._recorded:
             return
-        row = metrics | {"epoch": epoch, "time": time.time()}
+        row = metrics | self._gpu_use() | {"epoch": epoch, "time": time.time()}
         self._recorded.add(epoch)
         self._unwritten.append(row)
         self._write()
@@ -78,6 +86,17 @@ class Reporter:
         """Send what is still to be sent to MLflow; returns how many metrics it did not take."""
         self._write()
         return self._logger.close() + self._logger.num_dropped
+
+    def _watch_gpu(self) -> None:
+        percent = gpu_utilization()
+        if percent is not None:
+            self._gpu_percent.append(percent)
+
+    def _gpu_use(self) -> dict[str, float]:
+        """Mean use of rank 0's GPU since the last call, in per cent, as its driver counts it."""
+        use = {"gpu/utilization": fmean(self._gpu_percent)} if self._gpu_percent else {}
+        self._gpu_percent = []
+        return use
 
     def _write(self) -> None:
         try:

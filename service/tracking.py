@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Json = None | bool | int | float | str | list["Json"] | Mapping[str, "Json"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+SERVERS = ("http://", "https://")
 MAX_PARAM_CHARACTERS = 6000
 MAX_DIGEST_CHARACTERS = 32  # MLflow allows 36
 PARAMS_PER_BATCH = 100
@@ -47,6 +48,14 @@ class DatasetInfo(NamedTuple):
 def tracking_uri(storage: Path, configured: str | None = None) -> str:
     """The store to use: the `configured` one (MLFLOW_TRACKING_URI), else a file in `storage`."""
     return configured or f"sqlite:///{storage.resolve()}/mlflow.db"
+
+
+def load(uri: str) -> None:
+    """Import what the store needs; takes seconds, which may pass beside something else."""
+    import mlflow
+
+    if not uri.startswith(SERVERS):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def git_commit(folder: Path) -> str | None:
@@ -127,12 +136,13 @@ class RunLogger:
         """`log` for several (metrics, step, seconds), with as few calls to MLflow as possible."""
         for metrics, step, seconds in records:
             self._pending += _entities(self._finite(metrics), step, seconds)
-        if time.monotonic() >= self._retry_at:
+        if self._pending and time.monotonic() >= self._retry_at:
             self._send()
 
     def close(self) -> int:
         """Tries once more to write what is left; returns how many metrics were lost."""
-        self._send()
+        if self._pending:
+            self._send()
         if self._pending:
             logger.warning(
                 "MLflow at %s did not come back: %d metrics of run %s are not recorded there",
@@ -229,7 +239,7 @@ def ui_command(uri: str, host: str, port: int) -> tuple[list[str], dict[str, str
     """
     from service.config import ConfigError
 
-    if uri.startswith(("http://", "https://")):
+    if uri.startswith(SERVERS):
         raise ConfigError(f"{uri} is a running MLflow server: open {uri} in a browser")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", host, "--port", str(port), "--workers", "1"]
@@ -289,7 +299,7 @@ def _experiment_id(client: MlflowClient, uri: str, storage: Path, name: str) -> 
     from mlflow.exceptions import MlflowException
 
     location = None
-    if not uri.startswith(("http://", "https://")):
+    if not uri.startswith(SERVERS):
         location = (storage.resolve() / "mlartifacts").as_uri()
     if client.get_experiment_by_name(name) is None:
         with contextlib.suppress(MlflowException):  # another process was faster

@@ -28,6 +28,7 @@ from data.schema import Manifest, Split
 from service import contest
 from service.config import RunConfig
 from service.faults import Faults
+from service.feed import Feed
 from service.files import ATTEMPT_NAME, VALIDATION_PHASE
 from service.keeper import Keeper
 from service.reporting import Reporter
@@ -328,6 +329,7 @@ class _Training:
         self._stop_seen, self._stop_polled = False, 0.0
         self._validated = (0, 0)
         self._noticed = False
+        self._feed: Feed | None = None
         self._unrecorded: list[tuple[int, dict[str, float]]] = []
         context = ray.get_runtime_context()
         node = (context.get_node_id(), context.gcs_address)
@@ -339,10 +341,14 @@ class _Training:
         if rank() == 0:
             order = make_order(state.config, state.manifest)
             self._reporter = Reporter(state.config, order, self._folder, self._tracking)
+            threads = state.config.scaling.cpus_per_worker
+            where = f"on {state.device.type}, threads each: {threads}"
+            self._reporter.note(f"workers: {world_size()} {where}, {state.precision}")
         self._faults.resumed(position.steps_done)
         hooks = Hooks(
             wrap=state.wrap,
             train_batches=state.rows.train,
+            prepare_seconds=lambda: state.rows.prepare_seconds,
             data=state.data,
             signals=self._signals,
             on_step=self._on_step,
@@ -431,6 +437,10 @@ class _Training:
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
         self._keeper.step(position, signals)
         if self._reporter:
+            if self._feed is not (feed := self._state.rows.feed):
+                self._feed = feed
+                if feed is not None and feed.training_rows is not None:
+                    self._reporter.note(str(feed))
             self._reporter.step(position)
         if not self._keeper.busy:
             self._record()

@@ -11,7 +11,7 @@ ROOMS = ("service", "training", "data")
 # import -> files that may have it (a folder ends with a slash)
 ALLOWED = {
     "ray.data": ("data/pipeline.py",),
-    "ray": ("service/cluster.py", "service/worker.py", "data/pipeline.py"),
+    "ray": ("service/cluster.py", "service/group.py", "service/worker.py", "data/pipeline.py"),
     "mlflow": ("service/tracking.py",),
     "torch.distributed": ("training/distributed.py",),
     "torch": (

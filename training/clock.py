@@ -48,6 +48,11 @@ class Clock:
         self._add(name, now - self._last)
         self._last = now
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count these seconds of `source` for `target`; for what was timed in another way."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
     def settle(self) -> None:
         """Count all marks so far; on a GPU, wait for it."""
         if not self._on_gpu:
@@ -69,6 +74,17 @@ def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def gpu_utilization() -> float | None:
+    """Share of the last second or so in which the current GPU was busy, in per cent; None without a
+    GPU or its management library."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return float(torch.cuda.utilization())
+    except (ModuleNotFoundError, RuntimeError):
+        return None
 
 
 def percentiles(values: list[float]) -> tuple[float, float]:

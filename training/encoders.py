@@ -11,10 +11,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
 from training.batchnorm import synchronise
+from training.config import EncoderConfig, ModelConfig
 from training.model import MultimodalModel
 from training.networks import (
     RESNET18_FEATURES,
@@ -40,72 +40,6 @@ READS: dict[str, tuple[str, ...]] = {
     "transformer": ("text", "sequence"),
     "pretrained": (*PLANES, "text"),
 }
-
-
-class EncoderConfig(BaseModel):
-    """Encoder of one modality."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["auto", "small_cnn", "resnet18", "mlp", "transformer", "pretrained"] = "auto"
-    """auto: mlp for vectors, transformer (from scratch) for sequences and texts; for the others
-    small_cnn if a side is under 64, resnet18 otherwise. pretrained: see `name`."""
-
-    width: PositiveInt | None = None
-    """small_cnn: channels of the first block, 32; the second has twice as many. transformer: width
-    of every layer, 128."""
-
-    hidden: PositiveInt = 256
-    """mlp: units of the hidden layer."""
-
-    layers: PositiveInt = 2
-    """transformer: number of layers."""
-
-    heads: PositiveInt = 4
-    """transformer: attention heads; a divisor of width."""
-
-    features: PositiveInt | None = None
-    """Output width. Default: 4 * width (small_cnn), hidden (mlp), 512 (resnet18), width
-    (transformer), the network's own (pretrained); another width adds a linear layer to the last
-    three."""
-
-    weights: str = "none"
-    """resnet18: none, imagenet, or the path of a state dict of torchvision's (.safetensors, .pth);
-    filters for other than 3 channels are the mean of those for rgb."""
-
-    name: str | None = None
-    """pretrained: hub name or folder of a transformers model with weights in safetensors. Where it
-    has dropout, every worker draws its own, so results depend on the number of workers."""
-
-    pretrained: bool = True
-    """pretrained: take its weights; off takes the architecture only, with weights from the seed."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "EncoderConfig":
-        # Another kind that is asked for leaves a preset's name aside.
-        decided = self.kind not in ("auto", "pretrained")
-        if not decided and (self.kind == "pretrained") != (self.name is not None):
-            raise ValueError(
-                f"kind={self.kind!r} with name={self.name!r}: a name belongs to kind='pretrained', "
-                "and it needs one; set both or neither"
-            )
-        return self
-
-
-class ModelConfig(BaseModel):
-    """Encoders and heads."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    encoders: dict[str, EncoderConfig] = {}
-    """Encoder per modality; a modality that is not named gets the defaults."""
-
-    batchnorm: Literal["sync", "local"] = "sync"
-    """Statistics of BatchNorm: of the global batch, or of each worker's part of it; local saves two
-    small exchanges a layer and step, and makes the result depend on the number of workers."""
-
-    head_hidden: NonNegativeInt = 0
-    """Units of the hidden ReLU layer of every head; 0 makes heads linear."""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ class Hooks:
         on_trained: called when the steps of an epoch are done, before `validate` if it is due.
         validate: -> metrics of the validation split, equal on every rank.
         on_epoch: called after every epoch with the epoch and its metrics, on every rank.
+        prepare_seconds: -> seconds that train_batches has worked on batches, so far, in the
+            thread that asked for them; the rest of the time they take is waiting.
     """
 
     wrap: Callable[[Method], nn.Module]
@@ -93,6 +95,7 @@ class Hooks:
     on_trained: Callable[[Position, bool], None]
     validate: Callable[[], dict[str, float]]
     on_epoch: Callable[[int, dict[str, float]], None]
+    prepare_seconds: Callable[[], float] = float
 
 
 def fit(
@@ -160,8 +163,12 @@ def _train_steps(
     batches = hooks.train_batches(position.epoch, position.resampling, position.step)
     clock.reset()
     began = time.monotonic()
+    prepared = hooks.prepare_seconds()
     while (batch := next(batches, None)) is not None:
         clock.mark("wait")
+        now = hooks.prepare_seconds()
+        clock.move("wait", "prepare", now - prepared)
+        prepared = now
         progress = replace(start, step=position.step)
         torch.manual_seed(progress.stream_seed("torch", rank()))  # dropout and the like
         carried = hooks.signals() | {ORDER: order_digest(batch)}

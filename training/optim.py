@@ -1,42 +1,10 @@
 """Optimizer and learning-rate schedule from a configuration."""
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch.optim.lr_scheduler import LambdaLR
 
+from training.config import OptimConfig
 from training.methods.base import Method
-
-
-class OptimConfig(BaseModel):
-    """Optimizer, epochs and learning-rate steps (defaults: methods.md 2.11)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Optimizer."""
-
-    lr: PositiveFloat = 1e-3
-    """Learning rate of the first epoch."""
-
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of sgd; adam and adamw do not use it."""
-
-    weight_decay: NonNegativeFloat = 1e-4
-    """L2 penalty of sgd and adam; decoupled decay of adamw."""
-
-    epochs: PositiveInt = 70
-    """Passes over the training split, warm-up included."""
-
-    lr_step_epochs: PositiveInt = 50
-    """Epochs between two reductions of the learning rate."""
-
-    lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Factor of every reduction."""
-
-    schedule_after_warmup: bool = False
-    """Count lr_step_epochs from the end of warm-up, as the authors' code does."""
 
 
 def build_optimizer(config: OptimConfig, method: Method) -> torch.optim.Optimizer:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 
 from pydantic import BaseModel
 
+from training.config import MidasConfig, OgmGeConfig
 from training.methods.base import Method
 from training.methods.joint import Joint, JointUni
-from training.methods.midas import Midas, MidasConfig
-from training.methods.ogm_ge import OgmGe, OgmGeConfig
+from training.methods.midas import Midas
+from training.methods.ogm_ge import OgmGe
 from training.methods.unimodal import Unimodal
 from training.model import MultimodalModel
 

@@ -26,13 +26,12 @@ per row.
 """
 
 import logging
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from training.batch import Batch, Progress, StepOutput
+from training.config import AlphaFlip, AlphaStat, MidasConfig, Pairing, UniReduction
 from training.distributed import rank, reduce_sums
 from training.methods.base import (
     Method,
@@ -42,8 +41,6 @@ from training.methods.base import (
     unimodal_losses,
 )
 from training.methods.misalign import (
-    AlphaFlip,
-    Similarity,
     carried_alpha,
     confidence,
     hard_weight,
@@ -58,8 +55,6 @@ from training.methods.misalign import (
     statistics,
 )
 from training.methods.pairing import (
-    Orders,
-    Pairing,
     Pairs,
     Pool,
     draw_partners,
@@ -71,79 +66,9 @@ from training.methods.pairing import (
 )
 from training.model import MultimodalModel
 
-AlphaStat = Literal["mean_of_ratios", "ratio_of_means"]
-UniReduction = Literal["sum", "mean"]
-
 ALPHA_ALARM = 10.0
 
 logger = logging.getLogger(__name__)
-
-
-class MidasConfig(BaseModel, extra="forbid", frozen=True):
-    """MIDAS hyper-parameters and study switches (methods.md 2.8, 2.9, 3.1)."""
-
-    variant: Literal["paper", "official_code"] = "paper"
-    """Decides every field that is left at None: as printed, or as released."""
-
-    warmup_epochs: int = Field(default=10, ge=0)
-    """Epochs that train encoders and unimodal heads only; released: 10, Food-101 2, UCF-101 0."""
-
-    lambda_mis: float = Field(default=1.0, ge=0)
-    """Weight of the misaligned loss; the paper takes 5 for Kinetics-Sounds, 1 elsewhere."""
-
-    eta: float = Field(default=0.05, ge=0)
-    """Step of alpha."""
-
-    weak_modality_weighting: bool = True
-    """Up-weight the weak modality's share; off keeps alpha at 1."""
-
-    hard_sample_weighting: bool = True
-    """Weight misaligned samples by feature similarity; off keeps the weight at 1."""
-
-    similarity: Similarity = "cosine"
-    """Similarity behind the hard-sample weight."""
-
-    mix_level: Literal["feature", "input"] = "feature"
-    """What is swapped: features of the aligned pass, or raw inputs that are encoded again."""
-
-    pairing: Pairing | None = None
-    """Partners: any other label; a shuffle (labels may repeat); the class confused with the own."""
-
-    pair_groups: int = Field(default=1, ge=1)
-    """Groups of the global batch in which rows find partners; a multiple of the number of workers
-    spares the exchange of features."""
-
-    perms_per_sample: Orders = "cyclic"
-    """Misaligned samples per row: the M cyclic shifts, or this many random permutations."""
-
-    uni_reduction: UniReduction | None = None
-    """Unimodal losses are added or averaged over modalities."""
-
-    alpha_stat: AlphaStat | None = None
-    """Confidence shares averaged over samples, or ratios of averaged raw confidences (M = 2)."""
-
-    alpha_flip: AlphaFlip | None = None
-    """When another modality becomes weak: others return to 1, keep theirs, or it moves."""
-
-    alpha_cap: float | None = Field(default=None, ge=1)
-    """Largest alpha; none in the paper, 10 in the released Kinetics-Sounds code."""
-
-    kinetics_ratio_test: bool = False
-    """Repeat the inverted comparison of the released Kinetics-Sounds code (3.1 row 12)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "MidasConfig":
-        if self.perms_per_sample != "cyclic" and self.perms_per_sample < 1:
-            raise ValueError(
-                f"perms_per_sample={self.perms_per_sample} must be at least 1, or 'cyclic'"
-            )
-        official_stat = self.variant == "official_code" and self.alpha_stat != "mean_of_ratios"
-        if self.kinetics_ratio_test and not official_stat:
-            raise ValueError(
-                f"kinetics_ratio_test=True changes nothing with variant={self.variant!r} and "
-                f"alpha_stat={self.alpha_stat!r}; set variant='official_code' and leave alpha_stat"
-            )
-        return self
 
 
 class ResolvedMidas(MidasConfig, frozen=True):

@@ -4,16 +4,12 @@ Shapes: R rows of this rank, M modalities, S misaligned samples built per row, C
 of one modality. Items are those of methods.md 2.2, which follow equations 1-11 of the paper.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.config import AlphaFlip, Similarity
 from training.methods.base import wide
-
-AlphaFlip = Literal["reset", "keep", "carry"]
-Similarity = Literal["cosine", "l2"]
 
 
 def confidence(logits_RC: Tensor, label_R: Tensor) -> Tensor:

@@ -5,37 +5,12 @@ scale (GE) keeps them from generalising worse.
 """
 
 import torch
-from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from training.batch import Batch, Progress, StepOutput
+from training.config import OgmGeConfig
 from training.methods.base import Method, cross_entropy_sum, global_mean, step_output, wide
 from training.model import MultimodalModel
-
-
-class OgmGeConfig(BaseModel, extra="forbid", frozen=True):
-    """OGM-GE hyper-parameters; defaults are those of the authors' code."""
-
-    strength: float = Field(default=0.1, ge=0)
-    """a in 1 - tanh(a * ratio); authors: 0.1, CREMA-D 0.8; BalanceBenchmark: 0.3."""
-
-    start_epoch: int = Field(default=0, ge=0)
-    """First epoch with modulation; BalanceBenchmark: 10."""
-
-    end_epoch: int = Field(default=50, ge=0)
-    """Last epoch with modulation, inclusive; BalanceBenchmark: 80."""
-
-    noise: bool = True
-    """Add Gaussian noise to the modulated gradients (GE); off is plain OGM."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "OgmGeConfig":
-        if self.end_epoch < self.start_epoch:
-            raise ValueError(
-                f"end_epoch={self.end_epoch} is before start_epoch={self.start_epoch}; modulation "
-                "would never run; raise end_epoch, or use method=joint"
-            )
-        return self
 
 
 def coefficients(score_M: Tensor, strength: float) -> Tensor:

@@ -8,16 +8,13 @@ row, C classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from training.batch import Batch, Progress
+from training.config import Orders, Pairing
 from training.distributed import gather_rows, rank, reduce_sums, row_counts, world_size
-
-Pairing = Literal["mismatch", "permutation", "confusion"]
-Orders = Literal["cyclic"] | int
 
 UNPAIRED = -1
 
