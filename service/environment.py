@@ -20,8 +20,14 @@ RAY_ENVIRONMENT = {
     # The driver's environment is the workers'; uv must not build it again.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+# Freed memory is kept: mapping fresh pages took a fifth of the time of a training step on CPUs.
+MEMORY_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+}
 # For a cluster on this machine.
 LOCAL_ENVIRONMENT = {
+    **MEMORY_ENVIRONMENT,
     # Processes that read one split wait for the next stream, instead of one second.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     # Whatever a process is for, it needs this; some start while the command does other things.
@@ -42,7 +48,8 @@ def configure_ray() -> None:
     cluster gets a token of its own; otherwise Ray would leave one in the home directory.
     """
     joins = os.environ.get("RAY_ADDRESS")
-    defaults = RAY_ENVIRONMENT | (JOIN_ENVIRONMENT if joins else LOCAL_ENVIRONMENT)
+    kind = MEMORY_ENVIRONMENT | JOIN_ENVIRONMENT if joins else LOCAL_ENVIRONMENT
+    defaults = RAY_ENVIRONMENT | kind
     os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
     if not {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(
         os.environ
@@ -58,5 +65,6 @@ def environment() -> dict[str, str | None]:
 
 def worker_environment() -> dict[str, str]:
     """Variables that workers on other machines need: Ray's settings and MLflow's access."""
-    names = [*RAY_ENVIRONMENT, *(name for name in os.environ if name.startswith("MLFLOW_"))]
+    mlflow = (name for name in os.environ if name.startswith("MLFLOW_"))
+    names = [*RAY_ENVIRONMENT, *MEMORY_ENVIRONMENT, *mlflow]
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -78,8 +78,8 @@ class _Normalise(torch.autograd.Function):
     """Normalise by given statistics; the backward pass knows that they come from all ranks' rows.
 
     With xhat = (x - mean) * invstd, the gradient of x is
-    weight * invstd * (dy - sum(dy) / N - xhat * sum(dy * xhat) / N), sums over all ranks. The first
-    term, and this rank's sums, are what torch's kernel computes for fixed statistics.
+    weight * invstd * (dy - sum(dy) / N - xhat * sum(dy * xhat) / N), sums over all ranks. This
+    rank's sums are what torch's kernel computes for fixed statistics.
     """
 
     @staticmethod
@@ -101,19 +101,23 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         input, mean_C, var_C, weight_C = ctx.saved_tensors
-        grad, (grad_weight_C, grad_bias_C) = grads[0], mean_C.new_zeros(2, len(mean_C))
+        grad_weight_C, grad_bias_C = mean_C.new_zeros(2, len(mean_C))
         if input.numel():  # torch's kernel divides by the number of rows
-            grad, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
-                *(grads[0], input, weight_C, mean_C, var_C, None, None, False, ctx.eps, [True] * 3)
+            _, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
+                *(grads[0], input, weight_C, mean_C, var_C, None, None, False, ctx.eps),
+                [False, True, True],
             )
         sums = reduce_sums({"dot": grad_weight_C, "plain": grad_bias_C})
         invstd_C = (var_C.double() + ctx.eps).rsqrt()
-        scale_C = weight_C * invstd_C / ctx.count
-        slope_C = -scale_C * sums["dot"] * invstd_C
-        shift_C = -scale_C * sums["plain"] - slope_C * mean_C
+        slope_C = -sums["dot"] * invstd_C / ctx.count
+        shift_C = -sums["plain"] / ctx.count - slope_C * mean_C
         shape = [1, -1, *[1] * (input.dim() - 2)]
-        grad = grad.addcmul_(input, slope_C.to(grad.dtype).reshape(shape))
-        grad = grad.add_(shift_C.to(grad.dtype).reshape(shape))
+        slope, shift, scale = (
+            value.to(input.dtype).reshape(shape)
+            for value in (slope_C, shift_C * weight_C * invstd_C, weight_C * invstd_C)
+        )
+        grad = torch.addcmul(grads[0], input, slope)
+        torch.addcmul(shift, grad, scale, out=grad)
         return grad, grad_weight_C, grad_bias_C, None, None, None, None
 
 
