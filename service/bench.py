@@ -23,7 +23,7 @@ from data.schema import load_manifest
 from service import launch
 from service.cluster import check_local_capacity, ray_session, run_workers
 from service.config import RunConfig
-from service.environment import environment
+from service.environment import MEMORY_ENVIRONMENT, environment
 from service.files import write_text
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def bench(
     """Measure a configuration; nothing of it is kept.
 
     Without a cluster address, process groups without Ray take turns with the workers: as many as
-    there are workers, and one alone.
+    there are workers, and one alone with the rows of one worker.
 
     Args:
         config: from `launch.resolve`; its largest number of workers is measured.
@@ -125,9 +125,13 @@ def _contenders(
         for size in groups
         for place in range(size)
     ]
-    commands += [[*command, str(folder)] for command in others.values()]
     processes = [
         subprocess.Popen(command, env=env, stdout=output, stderr=output) for command in commands
+    ]
+    plain = {name: value for name, value in env.items() if name not in MEMORY_ENVIRONMENT}
+    processes += [
+        subprocess.Popen([*command, str(folder)], env=plain, stdout=output, stderr=output)
+        for command in others.values()
     ]
     try:
         yield

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -279,19 +279,11 @@ def _plain(batch: Batch) -> dict[str, Any]:
     return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
-def _joined(parts: Sequence[Batch]) -> Batch:
-    """One rank's batch from those of several."""
-    first = parts[0]
-    names = [
-        name
-        for name in ("label", "sample_id", "lane", "keep", "present")
-        if getattr(first, name) is not None
-    ]
-    joined: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in names
-    }
-    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in first.inputs}
-    return replace(first, inputs=inputs, **joined)
+def _alone(batch: Batch, lanes: range) -> Batch:
+    """A rank's part of a global batch as a global batch; it has the rows of these lanes."""
+    assert batch.lane_rows is not None
+    rows = tuple(rows * (lane in lanes) for lane, rows in enumerate(batch.lane_rows))
+    return replace(batch, lane_rows=rows, global_rows=sum(rows))
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
@@ -353,13 +345,11 @@ def bare(payload: dict[str, Any], folder: Path, device: torch.device, of: int) -
     config = steady(RunConfig.model_validate(payload["config"]))
     manifest = Manifest.model_validate(payload["manifest"])
     stepper = Stepper(config, manifest, device)
-    share = of // world_size()
-    ranks = range(rank() * share, (rank() + 1) * share)
-    parts = [torch.load(turns.wait(f"batches-{r}.pt"), weights_only=True) for r in ranks]
-    kept = [
-        _on(_joined([Batch(**values) for values in same]), device)
-        for same in zip(*parts, strict=True)
-    ]
+    lanes = make_order(config, manifest).lanes_of(rank(), of)
+    values = torch.load(turns.wait(f"batches-{rank()}.pt"), weights_only=True)
+    kept = [_on(Batch(**value), device) for value in values]
+    if world_size() < of:  # as many rows a process, in smaller batches
+        kept = [_alone(batch, lanes) for batch in kept]
     source, steps = cycle(kept), make_order(config, manifest).num_steps
 
     def between(numbers: Numbers) -> int:
