@@ -127,32 +127,6 @@ def watch_termination() -> None:
     termination.watch()
 
 
-class _TerminableBackend(ray.train.torch.TorchConfig().backend_cls):
-    """The set-up of a torch worker; Ray runs it in the worker's main thread, the loop in another.
-
-    Only the main thread may set a signal handler.
-    """
-
-    def on_training_start(self, worker_group, backend_config) -> None:
-        super().on_training_start(worker_group, backend_config)
-        worker_group.execute(watch_termination)
-
-    def on_shutdown(self, worker_group, backend_config) -> None:
-        """Leave the process group as it is: the processes are about to be killed.
-
-        Torch's would be destroyed under a loop that is still training, for which every rank would
-        then be rank 0 of 1 and write checkpoints.
-        """
-
-
-class TerminableTorchConfig(ray.train.torch.TorchConfig):
-    """`TorchConfig` for workers that save when they get SIGTERM."""
-
-    @property
-    def backend_cls(self):
-        return _TerminableBackend
-
-
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the test split.
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.ray  # another process, not Ray; the fast part stays fa
         ("reading.py", ("--clips", "16", "--rounds", "1"), "shards_over_files_0"),
         ("decode.py", ("--clips", "2", "--rounds", "1"), "ratio_jpg"),
         ("storage.py", ("--clips", "16", "--rounds", "1"), "forms"),
+        ("augment.py", ("--clips", "2", "--rounds", "1"), "train_batched_over_bytes"),
     ],
 )
 def test_data_benches_print_one_json_line(script: str, flags: tuple[str, ...], number: str):
