@@ -51,7 +51,7 @@ EPOCHS = 10_000
 METHODS = ("midas", "joint_uni", "joint")
 POLL_SECONDS = 0.01
 ANSWER_SECONDS = 300.0
-READY, CALL, DONE, END = "ready", "call", "done", "end"
+CALL, DONE, END = "call", "done", "end"
 
 Numbers = dict[str, float]
 
@@ -234,12 +234,12 @@ class _Conductor:
                 stepper.method.set_phase(0)
                 stepper.method.train()
                 self._wrapped[name] = stepper.wrap(stepper.method)
-            cycles += 1
+                self._timed_step(name, next(batches), 0)
         for number in range(cycles):
             batch = next(batches)
-            for name in METHODS[:: 1 if number % 2 else -1]:
+            for name in METHODS[:: 1 if (self._round + number) % 2 else -1]:
                 seconds[name].append(self._timed_step(name, batch, number))
-        numbers = {name: percentiles(values[-cycles:])[0] for name, values in seconds.items()}
+        numbers = {name: percentiles(values)[0] for name, values in seconds.items()}
         self._found["memory"].append(numbers | {"rows": float(self._kept[0].global_rows)})
 
     def _timed_step(self, name: str, batch: Batch, number: int) -> float:

@@ -39,12 +39,7 @@ from training import checkpoint as checkpoints
 from training.batch import Batch
 from training.chain import StepRecord, order_text
 from training.delayed import Delayed
-from training.distributed import (
-    any_rank,
-    from_rank_zero,
-    rank,
-    world_size,
-)
+from training.distributed import any_rank, from_rank_zero, rank, world_size
 from training.evaluation import evaluate
 from training.loop import LOSS, ORDER, Hooks, Position, fit
 from training.methods.base import HOPELESS, EpochData, NonFiniteError
@@ -166,7 +161,7 @@ def bench_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         payload: `config`, `manifest` and `data_folder` as for `train_worker`; the `folder` where
-            contenders meet, the sizes of the `groups` without Ray, and `seconds` for all turns.
+            contenders meet, the names of the `others` outside Ray, and `seconds` for all turns.
     """
     torch.set_num_threads(payload["config"]["scaling"]["cpus_per_worker"])
     return contest.conduct(payload, ray.train.torch.get_device())
@@ -409,6 +404,8 @@ class _Training:
             self._keeper.save(position)
 
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
+        names = (STOP, LEAVE, FAILED, HOPELESS, LOSS)
+        asked = self._checked(self._delayed.put(torch.stack([signals[name] for name in names])))
         self._keeper.step(position, signals)
         if self._reporter:
             if self._feed is not (feed := self._state.rows.feed):
@@ -420,21 +417,26 @@ class _Training:
             self._record()
         self._faults.strike(position.steps_done)
         self._heed_notice(position)
-        asked = torch.stack([signals[name] for name in (STOP, LEAVE, FAILED, HOPELESS, LOSS)])
-        self._obey(position, self._delayed.put(asked))
+        self._obey(position, asked)
 
-    def _obey(self, position: Position, asked: list[float] | None) -> None:
-        """Do what a step's signals ask for; the same on every rank."""
-        if asked is None:
-            return
-        stop, leaves, failed, hopeless, loss = asked
+    def _checked(self, asked: list[float] | None) -> list[float]:
+        """What a step's signals ask for: stop, leave, give up; the same on every rank. To be read
+        before anything is saved.
+
+        Raises:
+            NonFiniteError: the step came to nothing.
+        """
+        *flags, hopeless, loss = asked or [0.0] * 5
         if hopeless:
             raise NonFiniteError(loss)
-        if stop or leaves or failed:
-            self._interrupt(position, stop, leaves, failed)
+        return flags
+
+    def _obey(self, position: Position, asked: list[float]) -> None:
+        if any(asked):
+            self._interrupt(position, *asked)
 
     def _is_hopeless(self) -> bool:
-        """Whether the newest step must not be saved."""
+        """Whether the newest step, whose signals may still be on the device, must not be saved."""
         asked = self._delayed.peek()
         return asked is not None and bool(asked[3])
 
@@ -450,7 +452,7 @@ class _Training:
 
     def _on_trained(self, position: Position, validates: bool) -> None:
         """Save the weights that will be validated: the candidate for the best checkpoint."""
-        self._obey(position, self._delayed.flush())
+        self._obey(position, self._checked(self._delayed.flush()))
         if self._reporter and validates:
             self._reporter.phase(VALIDATION_PHASE, position.epoch)
         if validates:

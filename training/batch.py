@@ -64,13 +64,14 @@ class Batch:
             lane_rows = tuple(len(range(part, rows, count)) for rows in self.lane_rows)
             if sum(lane_rows):
                 carried = self.carried if part == 0 else {}
-                rows = self._rows(place % count == part)
+                rows = self.only(place % count == part)
                 parts.append(
                     replace(rows, global_rows=sum(lane_rows), lane_rows=lane_rows, carried=carried)
                 )
         return parts
 
-    def _rows(self, wanted: Tensor) -> "Batch":
+    def only(self, wanted: Tensor) -> "Batch":
+        """The rows of a (B,) bool mask; what is said of the global batch stays."""
         return replace(
             self,
             inputs={name: value[wanted] for name, value in self.inputs.items()},

@@ -92,15 +92,7 @@ def global_batches(num_modalities: int, missing: bool) -> list[Batch]:
 
 def own_part(batch: Batch) -> Batch:
     """This rank's rows: the lanes it owns."""
-    mine = batch.lane * world_size() // batch.num_lanes == rank()
-    return replace(
-        batch,
-        inputs={name: value[mine] for name, value in batch.inputs.items()},
-        label=batch.label[mine],
-        sample_id=batch.sample_id[mine],
-        lane=batch.lane[mine],
-        present=None if batch.present is None else batch.present[mine],
-    )
+    return batch.only(batch.lane * world_size() // batch.num_lanes == rank())
 
 
 def with_lane_rows(batch: Batch) -> Batch:
