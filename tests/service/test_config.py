@@ -171,6 +171,14 @@ def test_a_float_may_be_written_without_a_point():
             {"midas": {"warmup_epochs": 70}},
             r"midas\.warmup_epochs=70 leaves no main phase in optim\.epochs=70; .*use fewer",
         ),
+        (
+            {"train": {"micro_batches": 3}},
+            r"train\.micro_batches=3 must divide .*train\.global_batch_size / train\.lanes = 8",
+        ),
+        (
+            {"train": {"deterministic": True, "gradient_compression": "bf16"}},
+            r"train\.gradient_compression=bf16 .*train\.deterministic=True .*give up one of them",
+        ),
     ],
 )
 def test_check_states_value_rule_and_remedy(values: dict[str, Any], message: str):

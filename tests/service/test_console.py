@@ -106,6 +106,18 @@ def test_without_a_terminal_progress_is_logged(caplog: pytest.LogCaptureFixture)
     assert out.getvalue() == err.getvalue() == ""
 
 
+def test_notes_of_a_run_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    console, _, _ = make_console()
+    caplog.set_level(logging.INFO, "service.console")
+    first = RECORD | {"notes": ["workers: 2"]}
+    second = RECORD | {"step": 21, "notes": ["workers: 2", "feed: 1 reader"]}
+    with ProgressView(console, records(None, first, second), poll_seconds=0.01):
+        time.sleep(0.2)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[1:3] == ["workers: 2", "feed: 1 reader"]
+    assert len(lines) == 4  # with the first line and the last
+
+
 def test_progress_ends_with_the_body(caplog: pytest.LogCaptureFixture) -> None:
     console, _, _ = make_console()
     caplog.set_level(logging.INFO, "service.console")

@@ -108,6 +108,17 @@ def test_clock_gives_all_time_to_names_and_steps():
     assert not clock.seconds
 
 
+def test_preparing_is_not_waiting():
+    clock = Clock()
+    time.sleep(0.03)
+    clock.mark("wait")
+    clock.move("wait", "prepare", 0.02)
+    clock.mark(STEP)
+    assert clock.seconds["prepare"] == 0.02
+    assert clock.seconds["wait"] >= 0.01
+    assert sum(clock.steps) == pytest.approx(sum(clock.seconds.values()))
+
+
 def test_percentiles():
     assert percentiles([3.0]) == (3.0, 3.0)
     assert percentiles([float(i) for i in range(101)]) == (50.0, 95.0)

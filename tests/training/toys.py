@@ -94,15 +94,7 @@ def with_missing(batch: Batch, seed: int = 0, share: float = 0.3) -> Batch:
 
 def select_rows(batch: Batch, rows: Tensor) -> Batch:
     """A whole global batch of these rows, (B,) bool."""
-    return replace(
-        batch,
-        inputs={name: value[rows] for name, value in batch.inputs.items()},
-        label=batch.label[rows],
-        sample_id=batch.sample_id[rows],
-        lane=batch.lane[rows],
-        present=None if batch.present is None else batch.present[rows],
-        global_rows=int(rows.sum()),
-    )
+    return replace(batch.only(rows), global_rows=int(rows.sum()))
 
 
 class Features(nn.Identity):
