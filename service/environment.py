@@ -20,7 +20,7 @@ RAY_ENVIRONMENT = {
     # The driver's environment is the workers'; uv must not build it again.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
-# Freed memory is kept: mapping fresh pages took a fifth of the time of a training step on CPUs.
+# Freed memory is kept: mapping fresh pages takes much of the time of a training step on CPUs.
 # Workers train in a thread, whose own arenas would not keep it: there is one.
 MEMORY_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",

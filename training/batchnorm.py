@@ -61,7 +61,7 @@ def _global_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (C,) and biased variance (C,) over all ranks' elements, and N, (), all float64."""
     own = torch.zeros(2 * input.shape[1] + 1, dtype=torch.float64, device=input.device)
     if input.numel():
-        # Ten to thirty times as fast as var_mean on CPUs; it answers in the type of what it tracks.
+        # Much faster than var_mean on CPUs; it answers in the type of what it tracks.
         tracked = input.new_zeros(2, input.shape[1], dtype=_wide(input))
         mean_C, var_C = torch.ops.aten.batch_norm_update_stats(input.detach(), *tracked, 0.0)
         count = own.new_tensor([input.numel() // input.shape[1]])
