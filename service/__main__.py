@@ -328,7 +328,8 @@ def _tune(args: argparse.Namespace, rest: list[str], console: "Console") -> dict
         console.sweep(result)
         return result
     if args.resume:
-        config = tune.extended(_overridden(args, rest, _stored(name, rest)), args.extend or 0)
+        config = _overridden(args, rest, _stored(name, rest))
+        config = launch.resolve(tune.extended(config, args.extend or 0))
     else:
         config = launch.resolve(_config(args, rest))
     if args.confirm:

@@ -132,6 +132,15 @@ def sweep_folder(config: RunConfig) -> Path:
     return Path(config.storage) / config.name
 
 
+def ended_result(config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a sweep of which every trial has ended; None if there is something to do."""
+    folder = sweep_folder(config)
+    ended = sum(entry.state != "running" for entry in Record(folder).entries)
+    result = read_json(folder / RESULT_NAME) or {}
+    written = result.get("trials_running") == 0 and result.get("trials") == ended
+    return result if written and ended >= study.num_trials(config.search) else None
+
+
 def stored_config(name: str, storage: str) -> RunConfig:
     """The config of a sweep.
 

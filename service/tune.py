@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data.schema import load_manifest
 from service import launch, study, sweep, tracking
-from service.cluster import lazy_session, num_cores, ray_session, resources, uses_gpu
+from service.cluster import (
+    lazy_session,
+    num_cores,
+    ray_session,
+    resources,
+    signals_ignored,
+    uses_gpu,
+)
 from service.compare import summarize, train_all
 from service.config import ConfigError, RunConfig, check_search, load_preset
 from service.environment import environment, worker_environment
@@ -129,6 +136,9 @@ def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any
     folder = sweep.sweep_folder(config)
     if sweep.is_sweep(config):
         sweep.check_same(config)
+        if ended := sweep.ended_result(config):
+            console.status(f"sweep {config.name} had ended before; no trial was run")
+            return ended
     with console.counter("preparing") as progress:
         data_folder = launch.ensure_prepared(config, progress, debug=debug).folder
     manifest = load_manifest(data_folder)
@@ -150,9 +160,6 @@ def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any
                 on_gpu=uses_gpu(_of_trial(config).scaling, have),
                 variables=worker_environment() if remote else {},
             )
-            if driven.is_complete:
-                console.status(f"sweep {config.name} had ended before; no trial was run")
-                return driven.result()
             console.status(_sentence(make_plan(config, seconds, have, driven.num_ended)))
             driven.open(began)
             return _run(driven, console)
@@ -188,14 +195,16 @@ def _run(driven: sweep.Sweep, console: "Console") -> dict[str, Any]:
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with console.sweep_view(driven.progress):
-            tuner.run_trials(driven, seconds=seconds)
+            if not driven.is_complete:
+                tuner.run_trials(driven, seconds=seconds)
         driven.check_hope()
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        driven.close(status)
+        with signals_ignored():
+            driven.close(status)
     return driven.result()
 
 

@@ -94,9 +94,11 @@ def run_trials(sweep: Sweep, *, seconds: float | None) -> None:
 def _explained(error: BaseException) -> BaseException:
     """Tune wraps what the sweep raises."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()  # a chain of causes may be a ring
+    while cause is not None and id(cause) not in seen:
         if isinstance(cause, RunError | ValueError):
             return cause
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     return error
 
@@ -135,7 +137,10 @@ class _Ending(FIFOScheduler):
         self._sweep = sweep
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        ends = self._sweep.report(trial.config["number"], result)
+        # Tune flattens what a trial reports.
+        start = "metrics/"
+        metrics = {k.removeprefix(start): v for k, v in result.items() if k.startswith(start)}
+        ends = self._sweep.report(trial.config["number"], result | {"metrics": metrics})
         return TrialScheduler.STOP if ends else TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
