@@ -23,13 +23,14 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
   midas train digits --method joint       a control, same harness
   midas train digits --optim.lr 3e-3      change any setting
   midas train digits --dry-run            show the plan, start nothing
+  midas tune digits                       search eta, learning rate and warm-up
   midas bench digits                      how fast it trains here, and what limits it
   midas verify RUN                        take its last steps again and compare
   midas ui                                look at the runs
 """
 
 
-PRESET_VERBS = ("prepare", "train", "compare", "bench")
+PRESET_VERBS = ("prepare", "train", "compare", "bench", "tune")
 PLAIN_FLAGS = ("--json", "--debug", "--dry-run")
 
 
@@ -155,6 +156,19 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--seconds", type=float, default=60.0, help="time to measure, after the start (default: 60)"
     )
+    tune = verb(
+        "tune", "search settings, as the config's search block says", preset=True, parent=table
+    )
+    tune.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    tune.add_argument("--resume", metavar="NAME", help="go on with a sweep")
+    tune.add_argument("--extend", type=int, metavar="N", help="with --resume: N more trials")
+    tune.add_argument(
+        "--confirm",
+        type=int,
+        metavar="SEEDS",
+        help="with --resume: train its best and the default config over seeds, test",
+    )
+    tune.add_argument("--status", metavar="NAME", help="say how a sweep stands")
     evaluate = verb("evaluate", "evaluate the best checkpoint of a run", preset=False)
     evaluate.add_argument("run", help="run name, or its folder")
     evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
@@ -174,9 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
     """Preset, overridden by the remaining flags."""
-    import tyro
-
-    from service.config import ConfigError, RunConfig, check, load_preset, named, preset_names
+    from service.config import ConfigError, RunConfig, load_preset, preset_names
 
     if not args.preset and not {"-h", "--help"} & set(rest):
         raise ConfigError(
@@ -187,6 +199,15 @@ def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
     if args.manifest:
         own = {"name": "table", "table": args.manifest}
         default = default.model_copy(update={"data": default.data.model_copy(update=own)})
+    return _overridden(args, rest, default)
+
+
+def _overridden(args: argparse.Namespace, rest: list[str], default: "RunConfig") -> "RunConfig":
+    """The config, changed by flags, and checked."""
+    import tyro
+
+    from service.config import RunConfig, check, named
+
     config = tyro.cli(
         RunConfig,
         default=named(default, rest),
@@ -295,6 +316,42 @@ def _bench(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
     return result
 
 
+def _tune(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import launch, tune
+    from service.config import ConfigError
+
+    name = args.resume or args.status
+    if args.preset and name:
+        raise ConfigError(f"sweep {name} has its config; leave {args.preset} out")
+    if args.status:
+        result = tune.status(_stored(name, rest))
+        console.sweep(result)
+        return result
+    if args.resume:
+        config = _overridden(args, rest, _stored(name, rest))
+        config = launch.resolve(tune.extended(config, args.extend or 0))
+    else:
+        config = launch.resolve(_config(args, rest))
+    if args.confirm:
+        return tune.confirm(config, args.confirm, console, debug=args.debug)
+    if args.dry_run:
+        plan = tune.dry_run(config, debug=args.debug)
+        console.plan(plan)
+        return plan
+    console.status(f"sweep {config.name}")
+    result = tune.tune(config, console, debug=args.debug)
+    console.sweep(result)
+    return result
+
+
+def _stored(name: str, rest: list[str]) -> "RunConfig":
+    from service import sweep
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--storage", default="runs")
+    return sweep.stored_config(name, parser.parse_known_args(rest)[0].storage)
+
+
 def _evaluate(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     from service import inspection
     from service.config import ScalingConfig
@@ -340,6 +397,7 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, 
     "train": _train,
     "compare": _compare,
     "bench": _bench,
+    "tune": _tune,
     "evaluate": _evaluate,
     "verify": _verify,
     "ui": _ui,

@@ -23,7 +23,7 @@ from service.files import (
     write_text,
 )
 
-# After a node is lost, Ray counts on it for half a minute; `_wait` bounds the time, not this.
+# After a node is lost, Ray counts on it for half a minute; `watch` bounds the time, not this.
 START_ATTEMPTS = 10
 # Longer than rank 0 may wait for its storage.
 COLLECTIVE_SECONDS = 900
@@ -214,7 +214,7 @@ def run_workers(
     from service.group import ClusterTrainer, LocalTrainer, TorchGroup
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    use_gpu = _use_gpu(scaling, ray.cluster_resources())
+    use_gpu = uses_gpu(scaling, ray.cluster_resources())
     remote = environment()["RAY_ADDRESS"] is not None
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     trainer = (ClusterTrainer if remote else LocalTrainer)(
@@ -339,9 +339,17 @@ def _missing(scaling: ScalingConfig, have: Mapping[str, float]) -> str | None:
     return None
 
 
-def _use_gpu(scaling: ScalingConfig, have: Mapping[str, float]) -> bool:
+def uses_gpu(scaling: ScalingConfig, have: Mapping[str, float]) -> bool:
+    """Whether each worker gets a GPU of a cluster that has these resources."""
     enough = have.get("GPU", 0) >= scaling.min_workers
     return scaling.device == "gpu" or (scaling.device == "auto" and enough)
+
+
+def resources() -> Mapping[str, float]:
+    """What the cluster of the open session has, by name: CPU, GPU and others."""
+    import ray
+
+    return ray.cluster_resources()
 
 
 def num_cores() -> int:
@@ -375,7 +383,7 @@ def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
-        _wait(ended, scaling)
+        watch(ended, scaling)
     except HeadLostError:
         write_text(folder / ATTEMPT_NAME, "")  # workers elsewhere may still be training
         raise
@@ -388,8 +396,11 @@ def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object
     return outcome["value"]
 
 
-def _wait(ended: threading.Event, scaling: ScalingConfig) -> None:
+def watch(ended: threading.Event, scaling: ScalingConfig, until: float | None = None) -> None:
     """Wait for the run to end, as long as the cluster could hold it.
+
+    Args:
+        until: `time.monotonic()` at which to return in any case.
 
     Raises:
         HeadLostError: the head has not answered for HEAD_SECONDS.
@@ -402,6 +413,8 @@ def _wait(ended: threading.Event, scaling: ScalingConfig) -> None:
     missing_since, checked = None, time.monotonic()
     answered = checked
     while not ended.wait(timeout=0.2):  # without timeout, signals would not interrupt it
+        if until and time.monotonic() > until:
+            return
         if time.monotonic() - checked < RESOURCE_POLL_SECONDS:
             continue
         checked = time.monotonic()

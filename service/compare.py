@@ -62,7 +62,19 @@ def compare(
         `summarize` of all results, plus `runs`.
     """
     runs = [launch.resolve(run) for run in variants(config, methods, seeds)]
-    check_local_capacity(config.scaling)
+    return _compared(train_all(runs, console, debug=debug), console)
+
+
+def train_all(runs: list[RunConfig], console: "Console", *, debug: bool) -> list[dict[str, Any]]:
+    """Train runs that share data and workers, one after the other, in one Ray session.
+
+    Args:
+        runs: from `resolve`.
+
+    Returns:
+        Their results.
+    """
+    check_local_capacity(runs[0].scaling)
     with console.counter("preparing") as progress:
         folder = launch.ensure_prepared(runs[0], progress, debug=debug).folder
     manifest = load_manifest(folder)
@@ -70,12 +82,12 @@ def compare(
         launch.check_plan(run, manifest)
     results = []
     unfinished = any(launch.finished(run) is None for run in runs)
-    with ray_session(config, debug=debug) if unfinished else nullcontext():
+    with ray_session(runs[0], debug=debug) if unfinished else nullcontext():
         for number, run in enumerate(runs, 1):
             console.status(f"run {number} of {len(runs)}: {run.name}")
             outcome = launch.train(run, folder, view=console.progress, debug=debug)
             results.append(outcome.result)
-    return _compared(results, console)
+    return results
 
 
 def compare_runs(runs: list[str], storage: str, console: "Console") -> dict[str, Any]:

@@ -6,7 +6,7 @@ each other, and errors are turned into sentences.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -14,12 +14,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
+from service.search import SearchConfig, Value
 from training.config import MidasConfig, ModelConfig, OgmGeConfig, OptimConfig
 
 PRESETS = Path(__file__).parent.parent / "tune_configs"
 NAMED_FLAG = re.compile(
     r"--(no-)?((?P<section>data|model)\.)?(?P<field>modalities|encoders|augment)\.(?P<name>[^.=]+)\."
 )
+# Settings that a sweep cannot search.
+UNSEARCHED = ("search", "scaling", "checkpoint", "storage", "name", "experiment")
 MethodName = Literal["midas", "joint", "joint_uni", "unimodal", "ogm_ge"]
 
 
@@ -159,6 +162,7 @@ class RunConfig(BaseModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     feed: FeedConfig = FeedConfig()
     scaling: ScalingConfig = ScalingConfig()
+    search: SearchConfig = SearchConfig()
     experiment: str = "midas"
     """MLflow experiment."""
     storage: str = "runs"
@@ -179,6 +183,7 @@ class RunConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """JSON values of everything that decides the result: sections of other methods left out."""
         values = self.model_dump(mode="json")
+        del values["search"]
         for name in self.method_sections:
             if name != self.method:
                 del values[name]
@@ -227,6 +232,47 @@ def check(config: RunConfig) -> None:
             f"optim.epochs={config.optim.epochs}; the best checkpoint is taken from the main phase "
             "only; use fewer warm-up epochs or more epochs"
         )
+
+
+def with_values(config: RunConfig, settings: Mapping[str, Value]) -> RunConfig:
+    """The config with settings, named as in flags, set to these values, and checked.
+
+    Raises:
+        ConfigError: there is no such setting, or its value or their combination is wrong.
+    """
+    values = config.model_dump(mode="json")
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        section = values
+        for part in path:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"search.space: {name} is no setting: {part} has no parts")
+        section[last] = value
+    try:
+        changed = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"search.space: {explain(error)}") from error
+    check(changed)
+    return changed
+
+
+def check_search(config: RunConfig) -> None:
+    """Check what `midas tune` needs of a config.
+
+    Raises:
+        ConfigError: nothing is searched, or an end of a range or a choice is no valid value.
+    """
+    if not config.search.space:
+        raise ConfigError(
+            "search.space is empty; midas tune needs settings to search, as in "
+            "search: {space: {optim.lr: {kind: loguniform, low: 0.001, high: 0.1}}}"
+        )
+    for name, distribution in config.search.space.items():
+        if name.split(".")[0] in UNSEARCHED:
+            raise ConfigError(f"search.space: {name} does not decide what a run computes")
+        for value in distribution.corners:
+            with_values(config, {name: value})
 
 
 def named(config: RunConfig, flags: Sequence[str]) -> RunConfig:

@@ -132,6 +132,40 @@ class Console:
         self.out.print(_two_columns(rows))
         self.out.print(Text(f"limited by {result['limit']}"), soft_wrap=True)
 
+    def sweep(self, result: Mapping[str, Any]) -> None:
+        """Prints a sweep: its numbers, and its trials, best first."""
+        numbers = {k: v for k, v in result.items() if v is not None}
+        self.out.print(
+            _two_columns(
+                (name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+                for name, value in numbers.items()
+            )
+        )
+
+    @contextlib.contextmanager
+    def sweep_view(self, read: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """A live table of a sweep's trials on a terminal, for as long as the body runs."""
+        if not self.err.is_terminal:
+            yield
+            return
+        with Live(
+            console=self.err,
+            get_renderable=lambda: self._sweep_table(read()),
+            refresh_per_second=2,
+            transient=True,
+        ):
+            yield
+
+    def _sweep_table(self, found: Mapping[str, Any]) -> Table:
+        best = "" if found["best"] is None else f", best {found['best']:.4f}"
+        eta = "-:--:--" if found["eta"] is None else _clock(found["eta"])
+        title = f"{found['ended']} of {found['trials']} trials ended{best}, eta {eta}"
+        table = _new_table("trial", "state", "main epochs", "val/accuracy", "settings")
+        table.title, table.title_justify = title, "left"
+        for row in found["rows"][: max(4, self.err.height - 4)]:
+            table.add_row(*row)
+        return table
+
     def summary(self, outcome: RunOutcome) -> None:
         """Prints the end of a training: its results and where to look."""
         if outcome.finished_before:

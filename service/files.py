@@ -12,6 +12,12 @@ PROGRESS_NAME = "progress.json"
 HISTORY_NAME = "history.jsonl"
 # Which attempt at the run may go on: its id, or nothing when it is to stop.
 ATTEMPT_NAME = "attempt"
+PAYLOAD_NAME = "payload.json"
+# Of a sweep.
+SWEEP_NAME = "sweep.json"
+TRIALS_NAME = "trials.jsonl"
+BEST_NAME = "best.yaml"
+REPORT_NAME = "report.html"
 FAULTS_NAME = "faults"
 CHECKPOINTS_NAME = "checkpoints"
 
@@ -40,3 +46,11 @@ def read_history(path: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return rows
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line that outlives a power cut."""
+    with path.open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())

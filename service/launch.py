@@ -190,7 +190,7 @@ def train(
         with contextlib.ExitStack() as stack:
             session = session or stack.enter_context(lazy_session(config, debug=debug))
             session.ready()
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
             stack.enter_context(run.tracked())
             write_text(folder / ATTEMPT_NAME, run.attempt)
             with view(lambda: read_json(folder / PROGRESS_NAME)):
@@ -397,7 +397,7 @@ def base_payload(config: RunConfig, manifest: Manifest, data_folder: Folder) -> 
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder; two commands must not train into one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:

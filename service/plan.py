@@ -26,8 +26,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         DataError: the raw data is not there, or the order's rules do not hold.
     """
     folder = default_folder(config.data, Path(config.storage))
-    prepared = folder.has(MANIFEST_NAME)
-    manifest = load_manifest(folder) if prepared else _draft(config)
+    manifest = manifest_of(config)
     order = make_order(config, manifest)
     workers, batch = config.scaling.min_workers, config.train.global_batch_size
     share = max(len(order.lanes_of(rank, workers)) for rank in range(workers))
@@ -41,7 +40,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "method": config.method,
         "data": config.data.name,
         "data_folder": str(folder),
-        "data_prepared": prepared,
+        "data_prepared": folder.has(MANIFEST_NAME),
         "split": manifest.split_rule,
         **{f"rows/{split}": manifest.rows(split) for split in SPLITS},
         "modalities": ", ".join(f"{m.name} {m.dtype}{list(m.shape)}" for m in manifest.modalities),
@@ -65,8 +64,11 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _draft(config: RunConfig) -> Manifest:
-    """Manifest of a set that is not prepared yet, with the sizes that prepare will make."""
+def manifest_of(config: RunConfig) -> Manifest:
+    """Of the prepared set; else one with the sizes that prepare will make."""
+    folder = default_folder(config.data, Path(config.storage))
+    if folder.has(MANIFEST_NAME):
+        return load_manifest(folder)
     source = build_source(config.data)
     items = source.items()
     train_rows = sum(item.split == "train" for item in items)

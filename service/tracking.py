@@ -230,6 +230,17 @@ def finish_run(
     return _attempt(f"the end of run {run_id} ({status})", end) and recorded
 
 
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> bool:
+    """Sets tags of a run; False (and a warning) if it failed."""
+
+    def set_all() -> None:
+        client = _connect(uri)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+
+    return _attempt(f"tags of run {run_id}", set_all)
+
+
 def ui_command(uri: str, host: str, port: int) -> tuple[list[str], dict[str, str]]:
     """The command that serves the pages of a database store, and the environment to add for it.
 

@@ -11,19 +11,25 @@ ROOMS = ("service", "training", "data")
 # import -> files that may have it (a folder ends with a slash)
 ALLOWED = {
     "ray.data": ("data/pipeline.py",),
-    "ray": ("service/cluster.py", "service/group.py", "service/worker.py", "data/pipeline.py"),
+    "ray": (
+        *("service/cluster.py", "service/group.py", "service/worker.py"),
+        *("service/trial.py", "service/tuner.py"),
+        "data/pipeline.py",
+    ),
+    "optuna": ("service/study.py",),
     "mlflow": ("service/tracking.py",),
     "torch.distributed": ("training/distributed.py",),
     "torch": (
         *("training/", "service/worker.py", "service/rows.py", "service/keeper.py"),
         *("service/plan.py", "service/stepper.py", "service/contest.py"),
+        *("service/engine.py", "service/trial.py", "service/cost.py"),
         "data/features.py",
     ),
     "torchaudio": ("data/features.py",),
     "rich": ("service/console.py",),
     "tyro": ("service/__main__.py",),
     "argparse": ("service/__main__.py",),
-    "yaml": ("service/config.py", "service/launch.py", "service/inspection.py"),
+    "yaml": ("service/config.py", "service/launch.py", "service/inspection.py", "service/sweep.py"),
 }
 ROOM_IMPORTS = {"training": ("training",), "data": ("data",), "service": ROOMS}
 

@@ -1,0 +1,252 @@
+"""`midas tune`: plan a sweep, run or continue it, say how it stands, confirm its best."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.schema import load_manifest
+from service import launch, study, sweep, tracking
+from service.cluster import (
+    lazy_session,
+    num_cores,
+    ray_session,
+    resources,
+    signals_ignored,
+    uses_gpu,
+)
+from service.compare import summarize, train_all
+from service.config import ConfigError, RunConfig, check_search, load_preset
+from service.environment import environment, worker_environment
+from service.files import BEST_NAME, RESULT_NAME, read_json
+
+if TYPE_CHECKING:
+    from service.console import Console
+
+
+def slots(config: RunConfig, have: Mapping[str, float]) -> int:
+    """Trials at a time that a cluster with these resources holds, at most those asked for."""
+    scaling = config.scaling
+    fitting = int(have.get("CPU", 0)) // scaling.cpus_per_worker
+    if uses_gpu(_of_trial(config).scaling, have):
+        fitting = min(fitting, int(have.get("GPU", 0)))
+    return min(fitting, config.search.concurrent or fitting, study.num_trials(config.search))
+
+
+def _of_trial(config: RunConfig) -> RunConfig:
+    """The config with the workers of one trial."""
+    scaling = config.scaling.model_copy(update={"num_workers": 1})
+    return config.model_copy(update={"scaling": scaling})
+
+
+def make_plan(
+    config: RunConfig, seconds: float, have: Mapping[str, float], done: int = 0
+) -> dict[str, Any]:
+    """Flat plan of a sweep: trials, how many at a time, and how long they will take.
+
+    Args:
+        seconds: of a trial, see service/cost.py.
+        have: resources of the cluster.
+        done: trials that have ended before.
+
+    Raises:
+        ConfigError: it does not fit the cluster, or its hours.
+    """
+    search, count = config.search, slots(config, have)
+    if count < 1:
+        raise ConfigError(
+            f"a trial needs {config.scaling.cpus_per_worker} CPUs and, with scaling.device="
+            f"{config.scaling.device}, maybe a GPU; the cluster has {have.get('CPU', 0):g} CPUs "
+            f"and {have.get('GPU', 0):g} GPUs; lower scaling.cpus_per_worker, or add nodes"
+        )
+    trials = study.num_trials(search) - done
+    hours = math.ceil(trials / count) * seconds / 3600
+    if search.hours is not None and search.hours < seconds / 3600:
+        raise ConfigError(
+            f"search.hours={search.hours:g} is less than one trial takes, about "
+            f"{seconds / 3600:.3g} hours here; give more hours, or trials with fewer optim.epochs"
+        )
+    fitting = math.floor(search.hours * 3600 / seconds) * count if search.hours else trials
+    return {
+        "sweep": config.name,
+        "searcher": search.searcher,
+        "scheduler": search.scheduler,
+        "trials": trials,
+        "concurrent": count,
+        "workers_per_trial": 1,
+        "cpus_per_trial": config.scaling.cpus_per_worker,
+        "gpus_per_trial": int(uses_gpu(_of_trial(config).scaling, have)),
+        "seconds_per_trial": round(seconds, 1),
+        "hours_without_pruning": round(hours, 4),
+        "hours_limit": search.hours,
+        "complete_trials_in_limit": min(trials, fitting),
+        "rungs_in_main_epochs": ", ".join(map(str, _rungs(config))) or "none",
+        **{f"space/{name}": _range(found) for name, found in search.space.items()},
+    }
+
+
+def _rungs(config: RunConfig) -> list[int]:
+    search, rungs = config.search, []
+    rung = search.grace_epochs
+    while search.scheduler == "asha" and rung < config.optim.epochs - config.warmup_epochs:
+        rungs.append(rung)
+        rung *= search.reduction_factor
+    return rungs
+
+
+def _range(distribution: Any) -> str:
+    if distribution.values:
+        return f"{distribution.kind} of {', '.join(map(str, distribution.values))}"
+    return f"{distribution.kind} from {distribution.low:g} to {distribution.high:g}"
+
+
+def dry_run(config: RunConfig, *, debug: bool) -> dict[str, Any]:
+    """The plan of a sweep; joins the cluster at RAY_ADDRESS to see what it has, starts nothing."""
+    from service.cost import trial_seconds
+    from service.plan import manifest_of
+
+    check_search(config)
+    manifest = manifest_of(config)
+    launch.check_plan(_of_trial(config), manifest)
+    seconds = trial_seconds(_of_trial(config), manifest)
+    if environment()["RAY_ADDRESS"] is None:
+        return make_plan(config, seconds, {"CPU": num_cores()})
+    with ray_session(_of_trial(config), debug=debug):
+        return make_plan(config, seconds, resources())
+
+
+def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any]:
+    """Run a sweep to its end; the same name continues.
+
+    Args:
+        config: from `resolve`, with a search block.
+
+    Returns:
+        `sweep.summary`, and where the MLflow runs are.
+
+    Raises:
+        ConfigError: something is wrong before anything has started.
+        RunError: the sweep cannot go on; what it has is kept.
+        KeyboardInterrupt: a signal; what ran has saved.
+    """
+    from service.cost import trial_seconds
+
+    check_search(config)
+    folder = sweep.sweep_folder(config)
+    if sweep.is_sweep(config):
+        sweep.check_same(config)
+        if ended := sweep.ended_result(config):
+            console.status(f"sweep {config.name} had ended before; no trial was run")
+            return ended
+    with console.counter("preparing") as progress:
+        data_folder = launch.ensure_prepared(config, progress, debug=debug).folder
+    manifest = load_manifest(data_folder)
+    launch.check_plan(_of_trial(config), manifest)
+    began = time.time()
+    remote = environment()["RAY_ADDRESS"] is not None
+    try:
+        with launch.locked(folder), lazy_session(_of_trial(config), debug=debug) as session:
+            session.start()
+            seconds = trial_seconds(_of_trial(config), manifest)
+            _load(config)
+            session.ready()
+            have = resources()
+            driven = sweep.Sweep(
+                config,
+                manifest,
+                data_folder,
+                slots=slots(config, have),
+                on_gpu=uses_gpu(_of_trial(config).scaling, have),
+                variables=worker_environment() if remote else {},
+            )
+            console.status(_sentence(make_plan(config, seconds, have, driven.num_ended)))
+            driven.open(began)
+            return _run(driven, console)
+    except KeyboardInterrupt as stop:
+        result = read_json(folder / RESULT_NAME) or {}
+        best = result.get(f"best/{study.OBJECTIVE}")
+        so_far = f"best so far {best:.4f}; " if best is not None else ""
+        raise KeyboardInterrupt(
+            f"{stop}; {so_far}midas tune --resume {config.name} continues the sweep"
+        ) from stop
+
+
+def _load(config: RunConfig) -> None:
+    """Import what takes seconds, while Ray starts."""
+    from service import tuner  # noqa: F401
+
+    tracking.load(tracking.tracking_uri(Path(config.storage), environment()["MLFLOW_TRACKING_URI"]))
+
+
+def _sentence(plan: Mapping[str, Any]) -> str:
+    return (
+        f"{plan['trials']} trials, {plan['concurrent']} at a time, about "
+        f"{plan['seconds_per_trial']:g} s each: at most {plan['hours_without_pruning']:.2g} hours"
+    )
+
+
+def _run(driven: sweep.Sweep, console: "Console") -> dict[str, Any]:
+    from service import tuner
+
+    seconds = driven.config.search.hours and driven.config.search.hours * 3600
+    if seconds is not None:
+        seconds -= driven.record.wall_seconds
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        with console.sweep_view(driven.progress):
+            if not driven.is_complete:
+                tuner.run_trials(driven, seconds=seconds)
+        driven.check_hope()
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        with signals_ignored():
+            driven.close(status)
+    return driven.result()
+
+
+def extended(config: RunConfig, more: int) -> RunConfig:
+    """The config of a sweep that gets `more` trials."""
+    trials = config.search.trials + more
+    return config.model_copy(update={"search": config.search.model_copy(update={"trials": trials})})
+
+
+def status(config: RunConfig) -> dict[str, Any]:
+    """How a sweep stands, from its record; another command may be running it."""
+    folder = sweep.sweep_folder(config)
+    return sweep.summary(config, sweep.Record(folder), folder)
+
+
+def confirm(config: RunConfig, seeds: int, console: "Console", *, debug: bool) -> dict[str, Any]:
+    """Train the best of a sweep and the config it began with over seeds, and test each once.
+
+    Runs are named `<sweep>-best-seed0` and `<sweep>-default-seed0`; finished ones are not run
+    again. The seeds begin behind the one that trials were trained with.
+
+    Raises:
+        ConfigError: the sweep has no best yet.
+    """
+    path = sweep.sweep_folder(config) / BEST_NAME
+    if not path.is_file():
+        raise ConfigError(
+            f"sweep {config.name} has no {BEST_NAME}: no trial is complete; "
+            f"midas tune --resume {config.name} goes on with it"
+        )
+    base = {"best": load_preset(str(path)), "default": config}
+    first = config.train.seed + 1
+    labels, runs = [], []
+    for label, variant in base.items():
+        for seed in range(first, first + seeds):
+            train = variant.train.model_copy(update={"seed": seed})
+            name = f"{config.name}-{label}-seed{seed}"
+            labels.append(label)
+            changed = {"train": train, "name": name, "storage": config.storage}
+            runs.append(launch.resolve(variant.model_copy(update=changed)))
+    results = train_all(runs, console, debug=debug)
+    labelled = [{**r, "method": label} for r, label in zip(results, labels, strict=True)]
+    found = summarize(labelled)
+    console.comparison(found, list(base), seeds)
+    return {**found, "seeds": seeds, "best_config": str(path), "split": results[0]["split"]}
