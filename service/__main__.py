@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--confirm",
         type=int,
         metavar="SEEDS",
-        help="with --resume: train its best and the default config over seeds, test",
+        help="in the end train the best and the default config over so many seeds, and test them",
     )
     tune.add_argument("--status", metavar="NAME", help="say how a sweep stands")
     evaluate = verb("evaluate", "evaluate the best checkpoint of a run", preset=False)
@@ -332,8 +332,6 @@ def _tune(args: argparse.Namespace, rest: list[str], console: "Console") -> dict
         config = launch.resolve(tune.extended(config, args.extend or 0))
     else:
         config = launch.resolve(_config(args, rest))
-    if args.confirm:
-        return tune.confirm(config, args.confirm, console, debug=args.debug)
     if args.dry_run:
         plan = tune.dry_run(config, debug=args.debug)
         console.plan(plan)
@@ -341,15 +339,17 @@ def _tune(args: argparse.Namespace, rest: list[str], console: "Console") -> dict
     console.status(f"sweep {config.name}")
     result = tune.tune(config, console, debug=args.debug)
     console.sweep(result)
+    if args.confirm:
+        result |= tune.confirm(config, args.confirm, console, debug=args.debug)
     return result
 
 
 def _stored(name: str, rest: list[str]) -> "RunConfig":
-    from service import sweep
+    from service import record
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--storage", default="runs")
-    return sweep.stored_config(name, parser.parse_known_args(rest)[0].storage)
+    return record.stored_config(name, parser.parse_known_args(rest)[0].storage)
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:

@@ -345,11 +345,11 @@ def uses_gpu(scaling: ScalingConfig, have: Mapping[str, float]) -> bool:
     return scaling.device == "gpu" or (scaling.device == "auto" and enough)
 
 
-def resources() -> Mapping[str, float]:
-    """What the cluster of the open session has, by name: CPU, GPU and others."""
+def node_resources() -> list[Mapping[str, float]]:
+    """What each node of the cluster of the open session has, by name: CPU, GPU and others."""
     import ray
 
-    return ray.cluster_resources()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def num_cores() -> int:

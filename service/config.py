@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
-from service.search import SearchConfig, Value
+from service.search import CHANGEABLE, SearchConfig, Value, changeable
 from training.config import MidasConfig, ModelConfig, OgmGeConfig, OptimConfig
 
 PRESETS = Path(__file__).parent.parent / "tune_configs"
@@ -273,6 +273,11 @@ def check_search(config: RunConfig) -> None:
             raise ConfigError(f"search.space: {name} does not decide what a run computes")
         for value in distribution.corners:
             with_values(config, {name: value})
+    if config.search.scheduler == "pbt" and not changeable(config.search):
+        raise ConfigError(
+            "search.scheduler=pbt changes settings on the way, and search.space has none that can: "
+            f"uniform or loguniform ones of {', '.join(CHANGEABLE)}; search one, or take asha"
+        )
 
 
 def named(config: RunConfig, flags: Sequence[str]) -> RunConfig:

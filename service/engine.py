@@ -75,12 +75,15 @@ class State(Stepper):
         self.rows = WorkerRows(config, self.manifest, payload["data_folder"], device)
         super().__init__(config, self.manifest, device)
         self.store = CheckpointStore.at(payload["checkpoints"])
+        self._changes = bool(payload.get("generation"))
 
     def load(self, name: str) -> tuple[Position, dict[str, Any]]:
         """Restore a checkpoint; returns its position and notes."""
         files, where = self._read(name), self.store.where(name)
         found = checkpoints.load(files, where, self.method, self.optimizer, self.schedule)
         self.keep_precision(found[1])
+        if self._changes:  # the state may be another trial's
+            self.retune()
         return found
 
     def load_weights(self, name: str) -> None:
@@ -163,7 +166,9 @@ class Training:
     """One process's part in a run: hooks of the loop, checkpoints, reports.
 
     Args:
-        payload: see `train_worker`.
+        payload: see `train_worker`. Also `generation`, of a trial in a population: it may go on from
+            the state of another with other settings; see service/population.py.
+        host: what surrounds this process.
         on_epoch: called after every epoch with the epoch and its metrics, when they are taken in.
     """
 
@@ -184,6 +189,7 @@ class Training:
         self._folder = Path(payload["run_folder"])
         self._tracking = payload["tracking"]
         self._attempt: str = payload["attempt"]
+        self._is_of_population = bool(payload.get("generation"))
         self._reporter: Reporter | None = None
         self._stop_seen, self._stop_polled = False, 0.0
         self._validated = (0, 0)
@@ -256,7 +262,7 @@ class Training:
             CheckpointError: there are checkpoints, but none can be used.
         """
         found: tuple[Position, dict[str, Any]] | None = None
-        name, problem = None, None
+        name, problem, names = None, None, []
         if rank() == 0:
             names = retried(self._state.store.names, "listing checkpoints")
             for name in reversed(names):
@@ -266,7 +272,9 @@ class Training:
                 except checkpoints.CheckpointError as error:
                     log.warning("%s", error)
                     problem = problem or str(error)
-        name, problem = from_rank_zero((name if found else None, None if found else problem))
+        name, problem, names = from_rank_zero(
+            (name if found else None, None if found else problem, names)
+        )
         if problem:
             raise checkpoints.CheckpointError(problem)
         if name is None:
@@ -282,6 +290,8 @@ class Training:
             )
         assert found is not None
         position, notes = found
+        if notes["best"] and notes["best"]["name"] not in names and self._is_of_population:
+            notes["best"] = None  # the donor's
         self._keeper.restore(position, notes)
         return position
 

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Kind = Literal["uniform", "loguniform", "int", "choice", "grid"]
 RANGES = ("uniform", "loguniform", "int")
 Value = bool | int | float | str
+# Sections of settings that the optimizer and the method read in every step.
+CHANGEABLE = ("optim", "midas", "ogm_ge")
 
 
 class Distribution(BaseModel):
@@ -77,15 +79,21 @@ class SearchConfig(BaseModel):
     searcher: Literal["tpe", "random", "grid"] = "tpe"
     """tpe learns from finished trials (Optuna); random does not; grid goes through all
     combinations of grids, and of choices."""
-    scheduler: Literal["asha", "median", "none"] = "asha"
+    scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
     """What ends hopeless trials early: asha keeps the best 1 / reduction_factor at every rung,
-    median those that are not below the median of finished trials."""
+    median those that are not below the median of finished trials. pbt ends none: the worst go on
+    from the state of the best, with settings near theirs."""
     grace_epochs: int = Field(default=2, ge=1)
-    """Main-phase epochs before a trial can be ended: the first rung."""
+    """Main-phase epochs before a trial can be ended, the first rung; a generation of pbt."""
     reduction_factor: int = Field(default=3, ge=2)
     """Ratio of the epochs of two rungs, and share of the trials that a rung keeps."""
     concurrent: int | None = Field(default=None, ge=1)
     """Most trials at a time; None fills the cluster."""
+    workers_per_trial: int = Field(default=1, ge=1)
+    """Worker processes of a trial; those of scaling are for training."""
+    reseeds: int = Field(default=1, ge=0)
+    """Other seeds with which the five best are trained again, to see how much of their lead is
+    luck; 0 spares it. Not with pbt."""
     seed: int = Field(default=0, ge=0)
     """Seed of the searcher; trials train with train.seed."""
     share_warmup: bool = True
@@ -108,6 +116,11 @@ class SearchConfig(BaseModel):
                     raise ValueError(f"{name}: {other} never has a value of {list(values)}")
         return self
 
+    @property
+    def num_reseeds(self) -> int:
+        """Other seeds for the best; a way of pbt cannot be gone again from its settings."""
+        return 0 if self.scheduler == "pbt" else self.reseeds
+
     def _check_kind(self, name: str, distribution: Distribution) -> None:
         if self.searcher == "grid" and distribution.kind in RANGES:
             raise ValueError(
@@ -124,3 +137,12 @@ class SearchConfig(BaseModel):
 def is_active(distribution: Distribution, values: dict[str, Any]) -> bool:
     """Whether a setting is searched beside these values of settings before it."""
     return all(values.get(other) in wanted for other, wanted in distribution.when.items())
+
+
+def changeable(search: SearchConfig) -> dict[str, Distribution]:
+    """Searched settings that a trial of pbt may change on its way; others come with its state."""
+    return {
+        name: distribution
+        for name, distribution in search.space.items()
+        if distribution.kind in ("uniform", "loguniform") and name.split(".")[0] in CHANGEABLE
+    }

@@ -52,6 +52,8 @@ class Stepper:
                 encoder.body.compile()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         self.optimizer = build_optimizer(config.optim, self.method)
         self.schedule = build_schedule(config.optim, self.optimizer, config.warmup_epochs)
+        groups = self.optimizer.param_groups
+        self._configured = [{k: v for k, v in g.items() if k != "params"} for g in groups]
 
     @property
     def precision(self) -> Precision:
@@ -70,6 +72,16 @@ class Stepper:
         on whatever machine."""
         if self._train.precision == "auto":
             self.method.model.precision = notes["precision"]
+
+    def retune(self) -> None:
+        """Give the optimizer the configured learning rate and the like, where a checkpoint brought
+        those of another configuration. The schedule goes on where it is."""
+        self.schedule.base_lrs = [own["initial_lr"] for own in self._configured]
+        factors = [factor(self.schedule.last_epoch) for factor in self.schedule.lr_lambdas]
+        for group, own, factor in zip(
+            self.optimizer.param_groups, self._configured, factors, strict=True
+        ):
+            group |= own | {"lr": own["initial_lr"] * factor}
 
     def widen(self) -> None:
         """Go on in double precision from single-precision state."""

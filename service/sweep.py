@@ -1,22 +1,14 @@
-"""A sweep: its record, what it asks of its trials, its MLflow runs, and what it leaves.
-
-<storage>/<name>/config.yaml     the config, with its search block
-                 sweep.json      what stays as it was at the beginning
-                 trials.jsonl    the record: a line per event, from which all else follows
-                 trial-0000/     a run folder per trial
-                 warmups/        see service/warmup.py
-                 best.yaml       for `midas train`
-                 report.html     figures and table
-                 result.json     the last summary
+"""The driver's half of a sweep: what it asks of its trials, its MLflow runs, and what it leaves.
+See service/record.py for its files.
 """
 
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,16 +16,15 @@ import yaml
 
 from data.folder import Folder
 from data.schema import Manifest
-from service import study, tracking
+from service import population, study, tracking
 from service.cluster import RunError
-from service.config import ConfigError, RunConfig, config_yaml, difference, with_values
+from service.config import ConfigError, RunConfig, ScalingConfig, config_yaml, with_values
 from service.environment import environment
 from service.files import (
     ATTEMPT_NAME,
     BEST_NAME,
     CONFIG_NAME,
     PAYLOAD_NAME,
-    PROGRESS_NAME,
     REPORT_NAME,
     RESULT_NAME,
     RUN_NAME,
@@ -44,140 +35,15 @@ from service.files import (
     read_json,
     write_text,
 )
-from service.launch import FREE, base_payload, checkpoint_store, checkpoints_uri
+from service.launch import base_payload, checkpoint_store, checkpoints_uri
+from service.record import Entry, Record, is_complete, summary, sweep_folder, sweep_table
 from service.search import Value
-from service.study import OBJECTIVE, Trial
+from service.study import OBJECTIVE
 
 log = logging.getLogger(__name__)
 
 # A suggestion looks at trials this many times the number of trials at a time before it.
 LAG_PER_SLOT = 2
-# Settings that may change when a sweep is continued.
-FREE_SEARCH = ("trials", "hours", "concurrent", "share_warmup")
-
-
-@dataclass
-class Entry(Trial):
-    """A trial and what it took.
-
-    Attributes:
-        run_id: of its MLflow run.
-        seconds: spent training, over all its attempts.
-        setup_seconds: spent before training, in its process.
-        began: time of its first report's process start; 0 before.
-        forked_epochs, forked_seconds: of the warm-up that it took over.
-        reason: why it ended early.
-        epochs: main-phase epochs done.
-    """
-
-    run_id: str = ""
-    seconds: float = 0.0
-    setup_seconds: float = 0.0
-    began: float = 0.0
-    forked_epochs: int = 0
-    forked_seconds: float = 0.0
-    reason: str = ""
-
-    @property
-    def epochs(self) -> int:
-        return max(self.scores, default=0)
-
-
-class Record:
-    """The record of a sweep, read from its folder."""
-
-    def __init__(self, folder: Path):
-        self.entries: list[Entry] = []
-        self.fixed: dict[str, Any] = read_json(folder / SWEEP_NAME) or {}
-        self.sessions: list[dict[str, Any]] = []
-        for event in read_history(folder / TRIALS_NAME):
-            self.take(event)
-
-    def take(self, event: Mapping[str, Any]) -> None:
-        """Take in one event."""
-        kind = event["event"]
-        if kind == "session":
-            self.sessions.append({**event, "last": event["time"]})
-            return
-        self.sessions[-1]["last"] = event["time"]
-        if kind == "begin":
-            self.entries.append(Entry(event["trial"], event["values"], run_id=event["run_id"]))
-            return
-        entry = self.entries[event["trial"]]
-        if "score" in event:
-            entry.scores[event["main_epochs"]] = event["score"]
-        entry.seconds += event.get("seconds", 0.0)
-        entry.setup_seconds += event.get("setup_seconds", 0.0)
-        entry.began = entry.began or event.get("began", 0.0)
-        if event.get("forked_epochs"):
-            entry.forked_epochs = event["forked_epochs"]
-            entry.forked_seconds = event["forked_seconds"]
-        if kind == "end":
-            entry.state, entry.reason = event["state"], event.get("reason", "")
-
-    @property
-    def wall_seconds(self) -> float:
-        """Time of all sessions."""
-        return sum(session["last"] - session["time"] for session in self.sessions)
-
-
-def is_sweep(config: RunConfig) -> bool:
-    """Whether there is a sweep of this name."""
-    return (sweep_folder(config) / SWEEP_NAME).is_file()
-
-
-def sweep_folder(config: RunConfig) -> Path:
-    """Folder of the sweep; `resolve` names it."""
-    assert config.name
-    return Path(config.storage) / config.name
-
-
-def ended_result(config: RunConfig) -> dict[str, Any] | None:
-    """The summary of a sweep of which every trial has ended; None if there is something to do."""
-    folder = sweep_folder(config)
-    ended = sum(entry.state != "running" for entry in Record(folder).entries)
-    result = read_json(folder / RESULT_NAME) or {}
-    written = result.get("trials_running") == 0 and result.get("trials") == ended
-    return result if written and ended >= study.num_trials(config.search) else None
-
-
-def stored_config(name: str, storage: str) -> RunConfig:
-    """The config of a sweep.
-
-    Raises:
-        ConfigError: there is no such sweep.
-    """
-    folder = Path(storage) / name
-    if not (folder / SWEEP_NAME).is_file():
-        found = sorted(path.parent.name for path in Path(storage).glob(f"*/{SWEEP_NAME}"))
-        raise ConfigError(
-            f"there is no sweep {name} in {storage}; sweeps there are "
-            f"{', '.join(found) or 'none'}; give one of them, or --storage"
-        )
-    config = RunConfig.model_validate(yaml.safe_load((folder / CONFIG_NAME).read_text()))
-    return config.model_copy(update={"storage": str(folder.parent.resolve()), "name": name})
-
-
-def check_same(config: RunConfig) -> None:
-    """A sweep that goes on must have the settings that it began with.
-
-    Raises:
-        ConfigError: it has others.
-    """
-    old = stored_config(config.name or "", config.storage)
-    changed = difference(_deciding(old), _deciding(config))
-    if changed:
-        raise ConfigError(
-            f"sweep {config.name} exists in {config.storage} with other settings "
-            f"({'; '.join(changed)}); its trials must be comparable; take another --name, or "
-            f"midas tune --resume {config.name}"
-        )
-
-
-def _deciding(config: RunConfig) -> dict[str, Any]:
-    values = {k: v for k, v in config.resolved().items() if k not in FREE}
-    search = config.search.model_dump(mode="json")
-    return values | {"search": {k: v for k, v in search.items() if k not in FREE_SEARCH}}
 
 
 class Sweep:
@@ -213,8 +79,9 @@ class Sweep:
             Path(config.storage), environment()["MLFLOW_TRACKING_URI"]
         )
         self.record = Record(self._folder)
-        self._waiting = [e.number for e in self.record.entries if e.state == "running"]
-        self._running: set[int] = set()
+        begun = (entry for entry in self.record.all() if entry.state == "running")
+        self._waiting = [entry for entry in begun if not entry.paused]
+        self._running: dict[str, Entry] = {}
         self._lag = self.record.fixed.get("lag", LAG_PER_SLOT * slots)
         self._logger: tracking.RunLogger | None = None
 
@@ -229,14 +96,9 @@ class Sweep:
         return study.num_trials(self.config.search)
 
     @property
-    def num_ended(self) -> int:
-        """Trials that have ended, in whatever way."""
-        return sum(entry.state != "running" for entry in self.record.entries)
-
-    @property
     def is_complete(self) -> bool:
-        """Whether every trial has ended."""
-        return self.num_ended >= self.num_trials
+        """Whether there is nothing left to run."""
+        return is_complete(self.config, self.record)
 
     def open(self, began: float) -> None:
         """Begin or continue; opens the MLflow run of the sweep.
@@ -275,21 +137,21 @@ class Sweep:
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Write what the sweep leaves, and end its MLflow run."""
         assert self._logger
-        for number in self._running:
-            self._end_run(self.record.entries[number], "KILLED", {})
+        for entry in self.record.all():
+            if entry.state == "running":
+                self._end_run(entry, "KILLED", {})
         best = study.best(self.record.entries)
         texts: dict[str, Path | str] = {CONFIG_NAME: self._folder / CONFIG_NAME}
         if best:
             write_text(self._folder / BEST_NAME, self._best_yaml(best))
             texts[BEST_NAME] = self._folder / BEST_NAME
-            for entry in self.record.entries:
+            for entry in self.record.all():
                 is_best = {"best": "true" if entry is best else "false"}
                 tracking.set_tags(self._uri, entry.run_id, is_best)
-            tags = {"best_trial": f"trial-{best.number:04d}", **_texts(best.values)}
+            tags = {"best_trial": best.name, **_texts(best.values)}
             tracking.set_tags(self._uri, self.record.fixed["mlflow_run_id"], tags)
-        page = study.report(self.config.search, self.record.entries)
-        write_text(self._folder / REPORT_NAME, page)
         result = self.result()
+        write_text(self._folder / REPORT_NAME, report(self.config, self.record, result))
         text = json.dumps(result, indent=2, sort_keys=True) + "\n"
         write_text(self._folder / RESULT_NAME, text)
         self._logger.close()
@@ -307,25 +169,69 @@ class Sweep:
             },
         )
 
-    def next(self) -> tuple[int, Path] | Literal["wait", "done"]:
-        """Number and folder of the trial to start now."""
+    def next(self) -> tuple[str, Path] | Literal["wait", "done"]:
+        """Name and folder of the trial to start now."""
         if self.stopping:
             return "done"
+        if not self._waiting:
+            self._find()
         if self._waiting:
-            number = self._waiting.pop(0)
-            entry = self.record.entries[number]
-            return number, self._prepare(entry.number, entry.values, entry.run_id)
-        number = len(self.record.entries)
-        if number >= self.num_trials:
-            return "done"
-        entries = self.record.entries
-        if any(entry.state == "running" for entry in study.visible(entries, number, self._lag)):
-            return "wait"
-        if len(entries) >= self._lag:
-            self.check_hope()
-        values = study.suggest(self.config.search, number, entries, self._lag)
-        folder = self._prepare(number, values, None)
-        return number, folder
+            entry = self._waiting.pop(0)
+            return entry.name, self._prepare(entry)
+        return "done" if self.is_complete else "wait"
+
+    def _find(self) -> None:
+        """Put on the waiting list what can begin now."""
+        search, record = self.config.search, self.record
+        entries, number = record.entries, len(record.entries)
+        if number < self.num_trials:
+            seen = study.visible(entries, number, self._lag)
+            if search.scheduler == "pbt" or all(entry.state != "running" for entry in seen):
+                if number >= self._lag:
+                    self.check_hope()
+                self._begin(number, study.suggest(search, number, entries, self._lag), 0)
+        elif record.num_ended < number:
+            alive = [entry for entry in entries if entry.state == "running"]
+            if all(entry.paused for entry in alive):
+                self._advance(alive)
+        elif due := record.due_reseeds(search.num_reseeds):
+            entry, reseed = due[0]
+            self._begin(entry.number, entry.values, reseed)
+
+    def _begin(self, number: int, values: Mapping[str, Value], reseed: int) -> None:
+        entry = Entry(number, dict(values), reseed=reseed)
+        run_id = self._open_trial(entry, None)
+        self._write(
+            {
+                "event": "begin",
+                "number": number,
+                "reseed": reseed,
+                "values": values,
+                "run_id": run_id,
+            }
+        )
+        self._waiting.append(self.record.named(entry.name))
+
+    def _advance(self, alive: list[Entry]) -> None:
+        """Begin the next generation of a population."""
+        generation = alive[0].generation + 1
+        members = population.next_generation(self.config.search, generation, alive)
+        values = {str(number): member._asdict() for number, member in members.items()}
+        self._write({"event": "generation", "generation": generation, "members": values})
+        self._waiting += alive
+        for entry in alive:
+            if entry.donor != entry.number:
+                log.info(
+                    "trial %d goes on from trial %d (%s), generation %d",
+                    *(entry.number, entry.donor, study.flat_values(entry.values), generation),
+                )
+                tag = f"from trial {entry.donor}: {study.flat_values(entry.values)}"
+                tracking.set_tags(self._uri, entry.run_id, {f"generation/{generation}": tag})
+        shutil.rmtree(self._generations / str(generation - 2), ignore_errors=True)
+
+    @property
+    def _generations(self) -> Path:
+        return self._folder / "generations"
 
     def check_hope(self) -> None:
         """Raise a RunError if all trials so far have failed."""
@@ -337,34 +243,41 @@ class Sweep:
                 "memory or time than there is want a smaller search.space"
             )
 
-    def _prepare(self, number: int, values: Mapping[str, Value], run_id: str | None) -> Path:
-        """Open the trial's MLflow run, and write what its process needs."""
-        config = self._trial_config(number, values)
-        folder = self._folder / str(config.name)
-        folder.mkdir(exist_ok=True)
+    def _open_trial(self, entry: Entry, run_id: str | None) -> str:
+        """Open a trial's MLflow run; returns its id."""
+        config = self._trial_config(entry)
         tags = {
             "mlflow.parentRunId": self.record.fixed["mlflow_run_id"],
-            "trial": str(number),
+            "trial": str(entry.number),
             "state": "running",
-            "run_folder": str(folder),
+            "run_folder": str(self._folder / entry.name),
         }
-        name = f"{self.config.name}/{config.name}"
-        opened = self._open_run(name, config.resolved(), tags, run_id)
-        if run_id is None:
-            event = {"event": "begin", "trial": number, "values": values, "run_id": opened}
-            self._write(event)
+        if entry.reseed:
+            tags["reseed"] = str(entry.reseed)
+        return self._open_run(
+            f"{self.config.name}/{entry.name}", config.resolved(), tags, run_id
+        )
+
+    def _prepare(self, entry: Entry) -> Path:
+        """Write what the trial's process needs."""
+        config = self._trial_config(entry)
+        folder = self._folder / entry.name
+        folder.mkdir(exist_ok=True)
+        if (folder / RUN_NAME).exists():  # it goes on
+            self._open_trial(entry, entry.run_id)
         about = {
-            "mlflow_run_id": opened,
+            "mlflow_run_id": entry.run_id,
             "mlflow_uri": self._uri,
             "data_folder": str(self._data_folder),
             "data_digest": self._manifest.digest,
         }
         payload = base_payload(config, self._manifest, self._data_folder) | {
             "run_folder": str(folder),
-            "tracking": {"uri": self._uri, "run_id": opened},
+            "tracking": {"uri": self._uri, "run_id": entry.run_id},
             "faults": {"faults": [], "driver": os.getpid()},
             "attempt": self._attempt,
             "warmups": str(self._folder / "warmups") if config.search.share_warmup else None,
+            "generation": self._generation(entry),
             "environment": self._variables,
             "on_gpu": self.on_gpu,
             "slots": self.slots,
@@ -373,33 +286,53 @@ class Sweep:
         write_text(folder / RUN_NAME, json.dumps(about, indent=2) + "\n")
         write_text(folder / PAYLOAD_NAME, json.dumps(payload))
         write_text(folder / ATTEMPT_NAME, self._attempt)
-        self._running.add(number)
+        self._running[entry.name] = entry
         return folder
 
-    def _trial_config(self, number: int, values: Mapping[str, Value]) -> RunConfig:
-        config = with_values(self.config, values)
+    def _generation(self, entry: Entry) -> dict[str, Any] | None:
+        """What a trial has to know of its generation."""
+        if self.config.search.scheduler != "pbt":
+            return None
+        epochs = self.config.search.grace_epochs
+        donor = f"{self._generations}/{entry.generation - 1}/{entry.donor}"
+        return {
+            "number": entry.generation,
+            "from": donor if entry.donor != entry.number else None,
+            "to": f"{self._generations}/{entry.generation}/{entry.number}",
+            "since": epochs * entry.generation,
+            "until": epochs * (entry.generation + 1),
+        }
+
+    def _trial_config(self, entry: Entry) -> RunConfig:
+        config = with_values(self.config, entry.values)
         kept = config.checkpoint.storage and checkpoints_uri(self.config)
         checkpoint = config.checkpoint.model_copy(update={"keep": 1, "storage": kept})
         return config.model_copy(
             update={
-                "name": f"trial-{number:04d}",
+                "name": entry.name,
                 "storage": str(self._folder),
                 "checkpoint": checkpoint,
-                "scaling": config.scaling.model_copy(update={"num_workers": 1}),
+                "scaling": trial_scaling(config),
+                "train": config.train.model_copy(
+                    update={"seed": config.train.seed + entry.reseed}
+                ),
             }
         )
 
-    def report(self, number: int, report: Mapping[str, Any]) -> bool:
+    def report(self, name: str, report: Mapping[str, Any]) -> bool:
         """Take in a trial's report; returns whether the scheduler ends the trial."""
-        entry = self.record.entries[number]
+        entry = self.record.named(name)
         known = ("main_epochs", "score", "began", "seconds", "setup_seconds")
         known += ("forked_epochs", "forked_seconds")
         values = {name: report[name] for name in known if name in report}
-        self._write({"event": "score", "trial": number, **values})
+        event = "pause" if report.get("end") == "paused" else "score"
+        self._write({"event": event, "trial": name, **values})
         if "end" in report:
             self._take_end(entry, report)
             return False
         search = self.config.search
+        if entry.reseed:
+            return False
         if study.is_hopeless(search, entry, self.record.entries, self._lag):
             reason = f"{search.scheduler} after main-phase epoch {entry.epochs}"
             self._end(entry, "pruned", reason, {})
@@ -408,8 +341,10 @@ class Sweep:
 
     def _take_end(self, entry: Entry, report: Mapping[str, Any]) -> None:
         end, reason = report["end"], report.get("reason", "")
-        if end == "stopped":
-            self._running.discard(entry.number)
+        if end == "paused":
+            self._running.pop(entry.name, None)
+        elif end == "stopped":
+            self._running.pop(entry.name, None)
             self._end_run(entry, "KILLED", {})
         elif end == "complete":
             self._leave_result(entry, report)
@@ -417,10 +352,10 @@ class Sweep:
         else:
             self._end(entry, end, reason, {})
 
-    def lost(self, number: int, reason: str) -> None:
+    def lost(self, name: str, reason: str) -> None:
         """A trial's process has failed more often than is allowed."""
-        if number in self._running:
-            self._end(self.record.entries[number], "failed", reason, {})
+        if name in self._running:
+            self._end(self._running[name], "failed", reason, {})
 
     def _end(
         self,
@@ -429,26 +364,26 @@ class Sweep:
         reason: str,
         metrics: Mapping[str, float],
     ) -> None:
-        self._running.discard(entry.number)
-        event = {"event": "end", "trial": entry.number, "state": state, "reason": reason}
+        self._running.pop(entry.name, None)
+        event = {"event": "end", "trial": entry.name, "state": state, "reason": reason}
         self._write(event)
         self._remove_checkpoints(entry)
         self._end_run(entry, "FAILED" if state == "failed" else "FINISHED", metrics)
-        number = self.num_ended
+        number = self.record.num_ended
         best = study.best(self.record.entries)
-        if best and self._logger:
+        if best and self._logger and not entry.reseed:
             score = {f"best/{OBJECTIVE}": best.score or 0.0}
             self._logger.log(score, step=number, seconds=time.time())
         score = "" if entry.score is None else f", {OBJECTIVE} {entry.score:.4f}"
         values = study.flat_values(entry.values)
         log.info(
-            "trial %d %s%s (%s), %d of %d ended",
-            entry.number, reason and f"{state}: {reason}" or state, score, values,
+            "%s %s%s (%s), %d of %d ended",
+            entry.name, reason and f"{state}: {reason}" or state, score, values,
             number, self.num_trials,
         )  # fmt: skip
 
     def _leave_result(self, entry: Entry, report: Mapping[str, Any]) -> None:
-        folder = self._folder / f"trial-{entry.number:04d}"
+        folder = self._folder / entry.name
         result = {
             **report["metrics"],
             **{k: report[k] for k in ("checkpoint", "precision", "order_chain", "loss_chain")},
@@ -461,21 +396,21 @@ class Sweep:
 
     def _remove_checkpoints(self, entry: Entry) -> None:
         """Leave a finished trial its best checkpoint, others none."""
-        store = checkpoint_store(self._trial_config(entry.number, entry.values))
-        folder = self._folder / f"trial-{entry.number:04d}"
+        store = checkpoint_store(self._trial_config(entry))
+        folder = self._folder / entry.name
         kept = (read_json(folder / RESULT_NAME) or {}).get("checkpoint")
         try:
             for name in store.folders():
                 if name != kept:
                     store.remove(name)
         except OSError as error:
-            log.warning("checkpoints of trial %d could not be removed: %s", entry.number, error)
+            log.warning("checkpoints of %s could not be removed: %s", entry.name, error)
 
     def ask_to_stop(self) -> None:
         """Have the trials that run save and end; no other starts."""
         self.stopping = True
-        for number in self._running:
-            write_text(self._folder / f"trial-{number:04d}" / ATTEMPT_NAME, "")
+        for name in self._running:
+            write_text(self._folder / name / ATTEMPT_NAME, "")
 
     def progress(self) -> dict[str, Any]:
         """What a person wants to see while it runs; see `sweep_table`."""
@@ -488,7 +423,7 @@ class Sweep:
             "mlflow_uri": self._uri,
         }
 
-    def _best_yaml(self, best: Trial) -> str:
+    def _best_yaml(self, best: Entry) -> str:
         config = with_values(self.config, best.values).model_copy(update={"name": None})
         header = (
             f"# Best of sweep {self.config.name}: trial {best.number}, {OBJECTIVE} "
@@ -540,91 +475,37 @@ class Sweep:
         self.record.take(event)
 
 
-def summary(config: RunConfig, record: Record, folder: Path) -> dict[str, Any]:
-    """Flat summary of a sweep: what it tried, what is best, and where its time went.
-
-    `trials_finished` have come to an end: they are complete, pruned or diverged. `wall_over_ideal`
-    is the time of all sessions over the sum of the trials' training times divided by how many ran
-    at a time. `pruned_share` is the part of the ended trials' main-phase epochs that was spared.
-    """
-    entries, best = record.entries, study.best(record.entries)
-    counts = {
-        state: sum(entry.state == state for entry in entries)
-        for state in ("complete", "pruned", "diverged", "failed", "running")
-    }
-    slots = record.sessions[-1]["slots"] if record.sessions else 1
-    trained = sum(entry.seconds for entry in entries)
-    setup = sum(entry.setup_seconds for entry in entries)
-    wall = record.wall_seconds
-    first = min((entry.began for entry in entries if entry.began), default=None)
-    start = max(0.0, first - record.sessions[0]["time"]) if first else 0.0
-    planned = {
-        entry.number: config.optim.epochs - with_values(config, entry.values).warmup_epochs
-        for entry in entries
-        if entry.state != "running"
-    }
-    done = sum(entry.epochs for entry in entries if entry.number in planned)
-    result: dict[str, Any] = {
-        "name": config.name,
-        "folder": str(folder),
-        "trials_asked": study.num_trials(config.search),
-        "trials": len(entries),
-        "trials_finished": counts["complete"] + counts["pruned"] + counts["diverged"],
-        **{f"trials_{state}": count for state, count in counts.items()},
-        "concurrent": slots,
-        "wall_seconds": wall,
-        "train_seconds": trained,
-        "wall_over_ideal": wall / (trained / slots) if trained else None,
-        "overhead/start_seconds": start,
-        "overhead/setup_seconds_per_trial": setup / len(entries) if entries else 0.0,
-        "overhead/idle_seconds_per_slot": max(0.0, wall - start - (trained + setup) / slots),
-        "pruned_share": 1 - done / sum(planned.values()) if planned else 0.0,
-        "warmup/forked_trials": sum(entry.forked_epochs > 0 for entry in entries),
-        "warmup/saved_seconds": sum(entry.forked_seconds for entry in entries),
-    }
-    if best:
-        result |= {
-            f"best/{OBJECTIVE}": best.score,
-            "best_trial": best.number,
-            "best_config": str(folder / BEST_NAME),
-            **{f"best/{name}": value for name, value in best.values.items()},
-        }
-    return result
+def trial_scaling(config: RunConfig) -> ScalingConfig:
+    """The workers of one trial."""
+    return config.scaling.model_copy(update={"num_workers": config.search.workers_per_trial})
 
 
-def sweep_table(config: RunConfig, record: Record, folder: Path) -> dict[str, Any]:
-    """Rows of a sweep's trials, the running ones first and then the best, and when it may end.
+def report(config: RunConfig, record: Record, result: Mapping[str, Any]) -> str:
+    """The HTML page of a sweep: what was tried, how sure the best is, tables, figures."""
+    seeds = [(entry, scores) for entry, scores in record.over_seeds() if len(scores) > 1]
+    return study.page(config.search, record.entries, _facts(result), seeds)
 
-    Returns:
-        `rows` with trial, state, epochs, score and values; `ended`, `trials`, `best`, and `eta`,
-        in seconds, or None while no trial has ended.
-    """
-    entries, asked = list(record.entries), study.num_trials(config.search)
-    ended = [entry for entry in entries if entry.state != "running"]
-    order = sorted(entries, key=lambda e: (e.state != "running", -(e.score or 0.0), e.number))
-    rows = []
-    for entry in order:
-        state = entry.state
-        if state == "running":
-            now = read_json(folder / f"trial-{entry.number:04d}" / PROGRESS_NAME) or {}
-            state = f"{now.get('phase', 'start')} {now.get('epoch', -1) + 1}/{config.optim.epochs}"
-        score = "" if entry.score is None else f"{entry.score:.4f}"
-        values = study.flat_values(entry.values)
-        rows.append((str(entry.number), state, str(entry.epochs), score, values))
-    eta = None
-    if ended:
-        mean = sum(entry.seconds + entry.setup_seconds for entry in ended) / len(ended)
-        begun = sum(entry.seconds for entry in entries if entry.state == "running")
-        left = max(0.0, (asked - len(ended)) * mean - begun)
-        eta = left / record.sessions[-1]["slots"]
-    best = study.best(entries)
-    return {
-        "rows": rows,
-        "ended": len(ended),
-        "trials": asked,
-        "best": best.score if best else None,
-        "eta": eta,
-    }
+
+def _facts(result: Mapping[str, Any]) -> list[str]:
+    """What a reader of the best number has to know."""
+    lines = [
+        f"{result['trials']} configurations tried, {result['trials_complete']} trained to the end, "
+        f"{result['trials_pruned']} pruned, {result['trials_diverged']} diverged, "
+        f"{result['trials_failed']} failed; pruning saved {result['pruned_share']:.0%} of the "
+        "main-phase epochs"
+    ]
+    if result["warmup/forked_trials"]:
+        lines.append(
+            f"{result['warmup/forked_trials']} trials went on from a shared warm-up, which saved "
+            f"{result['warmup/saved_seconds']:.0f} s of training"
+        )
+    if "top/best_mean" in result:
+        lines.append(
+            f"the best of the search has {result[f'best/{OBJECTIVE}']:.4f}, over "
+            f"{result['top/seeds']} seeds {result['top/best_mean']:.4f}; the spread of the best "
+            f"trials over seeds is {result['top/std_over_seeds']:.4f}"
+        )
+    return lines
 
 
 def _texts(values: Mapping[str, Value]) -> dict[str, str]:

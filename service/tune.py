@@ -2,17 +2,17 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.schema import load_manifest
-from service import launch, study, sweep, tracking
+from service import launch, record, study, tracking
 from service.cluster import (
     lazy_session,
     num_cores,
     ray_session,
-    resources,
+    node_resources,
     signals_ignored,
     uses_gpu,
 )
@@ -20,48 +20,63 @@ from service.compare import summarize, train_all
 from service.config import ConfigError, RunConfig, check_search, load_preset
 from service.environment import environment, worker_environment
 from service.files import BEST_NAME, RESULT_NAME, read_json
+from service.record import TOP
+from service.sweep import Sweep, trial_scaling
 
 if TYPE_CHECKING:
     from service.console import Console
 
 
-def slots(config: RunConfig, have: Mapping[str, float]) -> int:
-    """Trials at a time that a cluster with these resources holds, at most those asked for."""
-    scaling = config.scaling
-    fitting = int(have.get("CPU", 0)) // scaling.cpus_per_worker
-    if uses_gpu(_of_trial(config).scaling, have):
-        fitting = min(fitting, int(have.get("GPU", 0)))
+Nodes = Sequence[Mapping[str, float]]
+
+
+def slots(config: RunConfig, nodes: Nodes) -> int:
+    """Trials at a time that nodes with these resources hold, at most those asked for."""
+    scaling = trial_scaling(config)
+    places = [int(node.get("CPU", 0)) // scaling.cpus_per_worker for node in nodes]
+    if uses_gpu(scaling, total(nodes)):
+        gpus = [int(node.get("GPU", 0)) for node in nodes]
+        places = [min(both) for both in zip(places, gpus, strict=True)]
+    fitting = sum(places) // scaling.max_workers
     return min(fitting, config.search.concurrent or fitting, study.num_trials(config.search))
+
+
+def total(nodes: Nodes) -> Mapping[str, float]:
+    """CPUs and GPUs of all nodes."""
+    return {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
 
 
 def _of_trial(config: RunConfig) -> RunConfig:
     """The config with the workers of one trial."""
-    scaling = config.scaling.model_copy(update={"num_workers": 1})
-    return config.model_copy(update={"scaling": scaling})
+    return config.model_copy(update={"scaling": trial_scaling(config)})
 
 
 def make_plan(
-    config: RunConfig, seconds: float, have: Mapping[str, float], done: int = 0
+    config: RunConfig, seconds: float, nodes: Nodes, done: int = 0
 ) -> dict[str, Any]:
     """Flat plan of a sweep: trials, how many at a time, and how long they will take.
 
     Args:
         seconds: of a trial, see service/cost.py.
-        have: resources of the cluster.
+        nodes: resources of each.
         done: trials that have ended before.
 
     Raises:
         ConfigError: it does not fit the cluster, or its hours.
     """
-    search, count = config.search, slots(config, have)
+    search, count, have = config.search, slots(config, nodes), total(nodes)
+    scaling = trial_scaling(config)
+    on_gpu = uses_gpu(scaling, have)
     if count < 1:
         raise ConfigError(
-            f"a trial needs {config.scaling.cpus_per_worker} CPUs and, with scaling.device="
-            f"{config.scaling.device}, maybe a GPU; the cluster has {have.get('CPU', 0):g} CPUs "
-            f"and {have.get('GPU', 0):g} GPUs; lower scaling.cpus_per_worker, or add nodes"
+            f"a trial needs {scaling.max_workers} x {scaling.cpus_per_worker} CPUs"
+            f"{f' and {scaling.max_workers} GPUs' if on_gpu else ''}; the cluster has "
+            f"{have['CPU']:g} CPUs and {have['GPU']:g} GPUs on {len(nodes)} nodes; lower "
+            "search.workers_per_trial or scaling.cpus_per_worker, or add nodes"
         )
     trials = study.num_trials(search) - done
-    hours = math.ceil(trials / count) * seconds / 3600
+    reseeded = search.num_reseeds * min(TOP, study.num_trials(search))
+    hours = math.ceil((trials + reseeded) / count) * seconds / 3600
     if search.hours is not None and search.hours < seconds / 3600:
         raise ConfigError(
             f"search.hours={search.hours:g} is less than one trial takes, about "
@@ -73,10 +88,11 @@ def make_plan(
         "searcher": search.searcher,
         "scheduler": search.scheduler,
         "trials": trials,
+        "trials_reseeded": reseeded,
         "concurrent": count,
-        "workers_per_trial": 1,
-        "cpus_per_trial": config.scaling.cpus_per_worker,
-        "gpus_per_trial": int(uses_gpu(_of_trial(config).scaling, have)),
+        "workers_per_trial": scaling.max_workers,
+        "cpus_per_trial": scaling.max_workers * scaling.cpus_per_worker,
+        "gpus_per_trial": scaling.max_workers * on_gpu,
         "seconds_per_trial": round(seconds, 1),
         "hours_without_pruning": round(hours, 4),
         "hours_limit": search.hours,
@@ -89,9 +105,11 @@ def make_plan(
 def _rungs(config: RunConfig) -> list[int]:
     search, rungs = config.search, []
     rung = search.grace_epochs
-    while search.scheduler == "asha" and rung < config.optim.epochs - config.warmup_epochs:
+    while search.scheduler in ("asha", "pbt") and rung < config.optim.epochs - config.warmup_epochs:
         rungs.append(rung)
-        rung *= search.reduction_factor
+        rung = rung * search.reduction_factor if search.scheduler == "asha" else (
+            rung + search.grace_epochs
+        )
     return rungs
 
 
@@ -111,9 +129,9 @@ def dry_run(config: RunConfig, *, debug: bool) -> dict[str, Any]:
     launch.check_plan(_of_trial(config), manifest)
     seconds = trial_seconds(_of_trial(config), manifest)
     if environment()["RAY_ADDRESS"] is None:
-        return make_plan(config, seconds, {"CPU": num_cores()})
+        return make_plan(config, seconds, [{"CPU": num_cores()}])
     with ray_session(_of_trial(config), debug=debug):
-        return make_plan(config, seconds, resources())
+        return make_plan(config, seconds, node_resources())
 
 
 def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any]:
@@ -123,7 +141,7 @@ def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any
         config: from `resolve`, with a search block.
 
     Returns:
-        `sweep.summary`, and where the MLflow runs are.
+        `record.summary`, and where the MLflow runs are.
 
     Raises:
         ConfigError: something is wrong before anything has started.
@@ -133,10 +151,10 @@ def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any
     from service.cost import trial_seconds
 
     check_search(config)
-    folder = sweep.sweep_folder(config)
-    if sweep.is_sweep(config):
-        sweep.check_same(config)
-        if ended := sweep.ended_result(config):
+    folder = record.sweep_folder(config)
+    if record.is_sweep(config):
+        record.check_same(config)
+        if ended := record.ended_result(config):
             console.status(f"sweep {config.name} had ended before; no trial was run")
             return ended
     with console.counter("preparing") as progress:
@@ -151,16 +169,16 @@ def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any
             seconds = trial_seconds(_of_trial(config), manifest)
             _load(config)
             session.ready()
-            have = resources()
-            driven = sweep.Sweep(
+            nodes = node_resources()
+            driven = Sweep(
                 config,
                 manifest,
                 data_folder,
-                slots=slots(config, have),
-                on_gpu=uses_gpu(_of_trial(config).scaling, have),
+                slots=slots(config, nodes),
+                on_gpu=uses_gpu(trial_scaling(config), total(nodes)),
                 variables=worker_environment() if remote else {},
             )
-            console.status(_sentence(make_plan(config, seconds, have, driven.num_ended)))
+            console.status(_sentence(make_plan(config, seconds, nodes, driven.record.num_ended)))
             driven.open(began)
             return _run(driven, console)
     except KeyboardInterrupt as stop:
@@ -181,12 +199,13 @@ def _load(config: RunConfig) -> None:
 
 def _sentence(plan: Mapping[str, Any]) -> str:
     return (
-        f"{plan['trials']} trials, {plan['concurrent']} at a time, about "
+        f"{plan['trials']} trials and {plan['trials_reseeded']} with other seeds, "
+        f"{plan['concurrent']} at a time, about "
         f"{plan['seconds_per_trial']:g} s each: at most {plan['hours_without_pruning']:.2g} hours"
     )
 
 
-def _run(driven: sweep.Sweep, console: "Console") -> dict[str, Any]:
+def _run(driven: Sweep, console: "Console") -> dict[str, Any]:
     from service import tuner
 
     seconds = driven.config.search.hours and driven.config.search.hours * 3600
@@ -216,8 +235,8 @@ def extended(config: RunConfig, more: int) -> RunConfig:
 
 def status(config: RunConfig) -> dict[str, Any]:
     """How a sweep stands, from its record; another command may be running it."""
-    folder = sweep.sweep_folder(config)
-    return sweep.summary(config, sweep.Record(folder), folder)
+    folder = record.sweep_folder(config)
+    return record.summary(config, record.Record(folder), folder)
 
 
 def confirm(config: RunConfig, seeds: int, console: "Console", *, debug: bool) -> dict[str, Any]:
@@ -229,7 +248,7 @@ def confirm(config: RunConfig, seeds: int, console: "Console", *, debug: bool) -
     Raises:
         ConfigError: the sweep has no best yet.
     """
-    path = sweep.sweep_folder(config) / BEST_NAME
+    path = record.sweep_folder(config) / BEST_NAME
     if not path.is_file():
         raise ConfigError(
             f"sweep {config.name} has no {BEST_NAME}: no trial is complete; "

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from service.cluster import STOP_SECONDS, HeadLostError, RunError, watch
 from service.study import OBJECTIVE
-from service.sweep import Sweep
+from service.sweep import Sweep, trial_scaling
 from service.trial import run_trial
 
 TUNE_ENVIRONMENT = {
@@ -45,8 +45,9 @@ def run_trials(sweep: Sweep, *, seconds: float | None) -> None:
     defaults = TUNE_ENVIRONMENT | pending
     os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    scaling = sweep.config.scaling.model_copy(update={"num_workers": 1})
-    resources = {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if sweep.on_gpu else {})
+    scaling = trial_scaling(sweep.config)
+    worker = {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if sweep.on_gpu else {})
+    resources = tune.PlacementGroupFactory([worker] * scaling.max_workers)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
@@ -114,8 +115,8 @@ class _Asking(Searcher):
         found = self._sweep.next()
         if isinstance(found, str):
             return Searcher.FINISHED if found == "done" else None
-        number, folder = found
-        return {"number": number, "folder": str(folder)}
+        name, folder = found
+        return {"trial": name, "folder": str(folder)}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -140,9 +141,9 @@ class _Ending(FIFOScheduler):
         # Tune flattens what a trial reports.
         start = "metrics/"
         metrics = {k.removeprefix(start): v for k, v in result.items() if k.startswith(start)}
-        ends = self._sweep.report(trial.config["number"], result | {"metrics": metrics})
+        ends = self._sweep.report(trial.config["trial"], result | {"metrics": metrics})
         return TrialScheduler.STOP if ends else TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         lines = [line.strip() for line in str(trial.get_error()).splitlines() if line.strip()]
-        self._sweep.lost(trial.config["number"], lines[-1] if lines else "its process ended")
+        self._sweep.lost(trial.config["trial"], lines[-1] if lines else "its process ended")

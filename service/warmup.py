@@ -60,29 +60,38 @@ class Warmups:
         found = [path for path in self._folder.glob("[0-9]*") if int(path.name) <= most_epochs]
         if not found or store.names():
             return 0, 0.0
-        path = max(found)
-        source = CheckpointStore.at(str(path))
-        name = source.names()[-1]
-        rows = read_history(path / HISTORY_NAME)
-        store.save_steps(0, source.steps(0, source.num_steps()))
-        history = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-        write_text(run_folder / HISTORY_NAME, history)
-        store.save(name, _marker_last(source.load(name)))  # last: now the run has begun
-        return int(path.name), sum(row["time/epoch_seconds"] for row in rows)
+        return int(max(found).name), take_over(max(found), store, run_folder)
 
     def publish(self, store: CheckpointStore, run_folder: Path, epochs: int) -> None:
         """Put down the newest checkpoint of a run, which is at the end of its warm-up."""
-        place = self._folder / f"{epochs:04d}"
-        if place.exists():
-            return
-        part = self._folder / f".part-{uuid.uuid4().hex}"
-        copy, name = CheckpointStore.at(str(part)), store.names()[-1]
-        copy.save_steps(0, store.steps(0, store.num_steps()))
-        copy.save(name, _marker_last(store.load(name)))
-        shutil.copy(run_folder / HISTORY_NAME, part / HISTORY_NAME)
-        with contextlib.suppress(OSError):  # another trial was faster, with the same content
-            os.rename(part, place)
-        shutil.rmtree(part, ignore_errors=True)
+        put_down(self._folder / f"{epochs:04d}", store, run_folder)
+
+
+def put_down(place: Path, store: CheckpointStore, run_folder: Path) -> None:
+    """Copy a run's newest checkpoint, the records of its steps and its history; once."""
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.parent / f".part-{uuid.uuid4().hex}"
+    copy, name = CheckpointStore.at(str(part)), store.names()[-1]
+    copy.save_steps(0, store.steps(0, store.num_steps()))
+    copy.save(name, _marker_last(store.load(name)))
+    shutil.copy(run_folder / HISTORY_NAME, part / HISTORY_NAME)
+    with contextlib.suppress(OSError):  # another process was faster, with the same content
+        os.rename(part, place)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def take_over(place: Path, store: CheckpointStore, run_folder: Path) -> float:
+    """Make a run go on from what was put down; returns the seconds that it took to train."""
+    source = CheckpointStore.at(str(place))
+    name = source.names()[-1]
+    rows = read_history(place / HISTORY_NAME)
+    store.save_steps(0, source.steps(0, source.num_steps()))
+    history = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    write_text(run_folder / HISTORY_NAME, history)
+    store.save(name, _marker_last(source.load(name)))  # last: now the run has begun
+    return sum(row["time/epoch_seconds"] for row in rows)
 
 
 def _marker_last(files: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,10 @@ ALLOWED = {
     "rich": ("service/console.py",),
     "tyro": ("service/__main__.py",),
     "argparse": ("service/__main__.py",),
-    "yaml": ("service/config.py", "service/launch.py", "service/inspection.py", "service/sweep.py"),
+    "yaml": (
+        *("service/config.py", "service/launch.py", "service/inspection.py"),
+        *("service/sweep.py", "service/record.py"),
+    ),
 }
 ROOM_IMPORTS = {"training": ("training",), "data": ("data",), "service": ROOMS}
 

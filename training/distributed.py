@@ -167,10 +167,9 @@ def without_exchange(wrapped: nn.Module) -> contextlib.AbstractContextManager[No
 
 @contextlib.contextmanager
 def process_group(rank: int, world_size: int, meeting: str, device: torch.device) -> Iterator[None]:
-    """A process group of this machine for the body; `meeting` is a path that all ranks share."""
+    """A process group for the body; `meeting` is a URL: tcp://, or file:// and a shared path."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    address = f"file://{meeting}"
-    dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
     try:
         yield
     finally:

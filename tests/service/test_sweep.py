@@ -24,7 +24,8 @@ from service.files import (
     read_json,
 )
 from service.plan import manifest_of
-from service.sweep import Record, Sweep, check_same, is_sweep, stored_config, summary, sweep_table
+from service.record import Record, check_same, is_sweep, stored_config, summary, sweep_table
+from service.sweep import Sweep
 from service.tune import extended, make_plan, slots
 
 MANIFEST = manifest_of(load_preset("digits"))
@@ -47,23 +48,23 @@ class Player:
         )
         self._random = random.Random(order)
         self._slots = num_slots
-        self.running: dict[int, Any] = {}
+        self.running: dict[str, Any] = {}
         self.sweep.open(began=0.0)
 
     def step(self) -> bool:
         """Start what may start, and let one report; False at the end."""
         while len(self.running) < self._slots and not isinstance(found := self.sweep.next(), str):
-            number, folder = found
+            name, folder = found
             payload = read_json(folder / PAYLOAD_NAME)
             assert payload
-            self.running[number] = reports(payload["config"])
+            self.running[name] = reports(payload["config"], payload["generation"] or {})
         if not self.running:
             assert self.sweep.next() == "done"
             return False
-        number = self._random.choice(list(self.running))
-        report = next(self.running[number])
-        if self.sweep.report(number, {**report, "seconds": 1.0, **TIMES}) or "end" in report:
-            del self.running[number]
+        name = self._random.choice(list(self.running))
+        report = next(self.running[name])
+        if self.sweep.report(name, {**report, "seconds": 1.0, **TIMES}) or "end" in report:
+            del self.running[name]
         return True
 
     def run(self) -> Record:
@@ -73,21 +74,25 @@ class Player:
         return self.sweep.record
 
 
-def reports(values: dict[str, Any]):
+def reports(values: dict[str, Any], generation: dict[str, Any]):
     """What a trial with this config reports: higher for lr near 0.02, rising with epochs."""
-    lr, eta = values["optim"]["lr"], values["midas"]["eta"]
-    scores = [0.9 - abs(lr - 0.02) * 5 - eta / 10 + epoch / 100 for epoch in range(1, 6)]
+    lr, eta, seed = values["optim"]["lr"], values["midas"]["eta"], values["train"]["seed"]
+    first = 0.9 - abs(lr - 0.02) * 5 - eta / 10 + seed / 1000
+    scores = [first + epoch / 100 for epoch in range(1, 6)]
     if eta > 0.4:
         yield {"end": "diverged", "reason": "loss nan"}
     for epoch, score in enumerate(scores[:-1], 1):
-        yield {"main_epochs": epoch, "score": score}
+        if epoch == generation.get("until"):
+            yield {"end": "paused", "main_epochs": epoch, "score": score}
+        if epoch > generation.get("since", 0):
+            yield {"main_epochs": epoch, "score": score}
     best = {"metrics": {"val/accuracy": scores[-1], "best_epoch": 4}, "checkpoint": "c"}
     chains = {"precision": "fp32", "order_chain": "", "loss_chain": ""}
     yield {"end": "complete", "main_epochs": 5, "score": scores[-1], **best, **chains}
 
 
 def outcome(record: Record) -> list[Any]:
-    return [(e.values, e.state, e.scores) for e in record.entries]
+    return [(e.name, e.values, e.state, e.scores) for e in record.all()]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,50 @@ def test_an_interrupted_sweep_goes_on_as_it_would_have(
     record = Player(config(tmp_path), order=9).run()
     assert outcome(record) == outcome(unbroken[1])
     begun = [e for e in read_history(player.sweep.folder / TRIALS_NAME) if e["event"] == "begin"]
-    assert [event["trial"] for event in begun] == list(range(10))
+    assert [event["number"] for event in begun if not event["reseed"]] == list(range(10))
+
+
+def test_the_best_are_trained_again_with_another_seed(unbroken: tuple[RunConfig, Record]):
+    wanted, record = unbroken
+    complete = [entry for entry in record.entries if entry.state == "complete"]
+    assert [entry.reseed for entry in record.reseeded] == [1] * min(5, len(complete))
+    assert all(entry.state == "complete" for entry in record.reseeded)
+    best, again = record.top()[0], record.reseeded[0]
+    assert (again.number, again.values) == (best.number, best.values)
+    assert again.score == pytest.approx((best.score or 0) + 0.001)
+    found = summary(wanted, record, Path())
+    assert found["best/val/accuracy"] == best.score
+    assert found["top/seeds"] == 2
+    assert found["top/best_mean"] == pytest.approx((best.score or 0) + 0.0005)
+    assert found["top/std_over_seeds"] == pytest.approx(0.001 / 2**0.5)
+    page = (Path(wanted.storage) / "s" / REPORT_NAME).read_text()
+    assert "10 configurations tried" in page
+    assert "over 2 seeds" in page
+
+
+def test_a_population_goes_on_from_its_best_whatever_is_faster(tmp_path: Path):
+    outcomes = []
+    for order in (0, 1, 2):
+        wanted = config(tmp_path / str(order), scheduler="pbt", trials=8)
+        player = Player(wanted, order)
+        if order == 2:  # lost on the way, and started again
+            for _ in range(17):
+                player.step()
+            player = Player(wanted, order)
+        record = player.run()
+        outcomes.append(outcome(record))
+        assert not record.reseeded
+        alive = [entry for entry in record.entries if entry.state == "complete"]
+        assert len(alive) >= 6
+        assert {max(entry.scores) for entry in alive} == {5}
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    events = read_history(tmp_path / "0" / "s" / TRIALS_NAME)
+    generations = [event for event in events if event["event"] == "generation"]
+    assert [event["generation"] for event in generations] == [1, 2, 3, 4]
+    taken = [m for event in generations for n, m in event["members"].items() if int(n) != m["donor"]]
+    assert len(taken) >= 4
+    started = {repr(event["values"]) for event in events if event["event"] == "begin"}
+    assert any(repr(member["values"]) not in started for member in taken)
 
 
 def test_mlflow_has_a_run_per_trial_inside_that_of_the_sweep(unbroken: tuple[RunConfig, Record]):
@@ -139,7 +187,7 @@ def test_mlflow_has_a_run_per_trial_inside_that_of_the_sweep(unbroken: tuple[Run
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
     )
-    assert len(children) == 10
+    assert len(children) == 10 + len(record.reseeded)
     assert {child.info.status for child in children} == {"FINISHED"}
     best = study.best(record.entries)
     assert best
@@ -169,7 +217,8 @@ def test_an_ended_sweep_has_nothing_to_do_and_can_be_extended(tmp_path: Path):
     assert not Player(wanted, order=0).step()
     record = Player(extended(stored_config("s", str(tmp_path)), 2), order=0).run()
     assert len(record.entries) == 5
-    assert outcome(record)[:3] == before
+    assert outcome(record)[:3] == before[:3]
+    assert not record.due_reseeds(1)
 
 
 def test_a_stopped_trial_goes_on_later_in_the_same_mlflow_run(tmp_path: Path):
@@ -177,22 +226,22 @@ def test_a_stopped_trial_goes_on_later_in_the_same_mlflow_run(tmp_path: Path):
     player.step()
     player.sweep.ask_to_stop()
     assert player.sweep.next() == "done"
-    for number in player.running:
-        folder = player.sweep.folder / f"trial-{number:04d}"
-        assert (folder / ATTEMPT_NAME).read_text() == ""
-        assert not player.sweep.report(number, {"end": "stopped", "seconds": 0.5, **TIMES})
+    for name in player.running:
+        assert (player.sweep.folder / name / ATTEMPT_NAME).read_text() == ""
+        assert not player.sweep.report(name, {"end": "stopped", "seconds": 0.5, **TIMES})
     player.sweep.close("KILLED")
     runs = [entry.run_id for entry in player.sweep.record.entries]
     record = Player(config(tmp_path, trials=2), order=0).run()
     assert [entry.run_id for entry in record.entries] == runs
+    assert [entry.reseed for entry in record.reseeded] == [1, 1]
     assert all(entry.state == "complete" for entry in record.entries)
 
 
 def test_a_sweep_whose_trials_all_fail_stops(tmp_path: Path):
     player = Player(config(tmp_path), order=0)
     for _ in range(4):
-        number, _ = player.sweep.next()
-        player.sweep.lost(int(number), "out of memory")
+        name, _ = player.sweep.next()
+        player.sweep.lost(str(name), "out of memory")
     with pytest.raises(RunError, match="all 4 trials so far failed.*out of memory"):
         player.sweep.next()
 
@@ -220,21 +269,26 @@ def test_table_of_a_sweep(unbroken: tuple[RunConfig, Record]):
 
 def test_slots_follow_the_cluster(tmp_path: Path):
     wanted = config(tmp_path)
-    assert slots(wanted, {"CPU": 4}) == 4
-    assert slots(wanted, {"CPU": 64}) == 10
-    assert slots(wanted, {"CPU": 64, "GPU": 3}) == 3
-    assert slots(config(tmp_path, concurrent=2), {"CPU": 64}) == 2
+    assert slots(wanted, [{"CPU": 4}]) == 4
+    assert slots(wanted, [{"CPU": 64}]) == 10
+    assert slots(wanted, [{"CPU": 64, "GPU": 3}]) == 3
+    assert slots(config(tmp_path, concurrent=2), [{"CPU": 64}]) == 2
+    pairs = config(tmp_path, workers_per_trial=2)
+    assert slots(pairs, [{"CPU": 3}, {"CPU": 2}, {"CPU": 0}]) == 2
+    assert slots(pairs, [{"CPU": 8, "GPU": 2}, {"CPU": 1, "GPU": 4}]) == 1
+    assert slots(pairs, [{"CPU": 1}]) == 0
 
 
 def test_plan_has_the_numbers_and_refuses_what_cannot_be(tmp_path: Path):
-    plan = make_plan(config(tmp_path), 360.0, {"CPU": 3})
+    plan = make_plan(config(tmp_path), 360.0, [{"CPU": 3}])
     assert plan["concurrent"] == 3
-    assert plan["hours_without_pruning"] == 0.4
+    assert plan["hours_without_pruning"] == 0.5
     assert plan["rungs_in_main_epochs"] == "1, 3, 9"
     with pytest.raises(ConfigError, match="less than one trial takes, about 0.1 hours"):
-        make_plan(config(tmp_path, hours=0.05), 360.0, {"CPU": 3})
+        make_plan(config(tmp_path, hours=0.05), 360.0, [{"CPU": 3}])
+    assert plan["trials_reseeded"] == 5
     with pytest.raises(ConfigError, match="the cluster has 0 CPUs"):
-        make_plan(config(tmp_path), 360.0, {})
+        make_plan(config(tmp_path), 360.0, [{}])
 
 
 def test_cost_of_a_trial_grows_with_its_epochs(tmp_path: Path):
@@ -255,10 +309,19 @@ def test_a_search_needs_settings_that_exist():
         ({"optim.rate": {"kind": "choice", "values": [1]}}, "unknown key optim.rate"),
         ({"optim.lr": {"kind": "uniform", "low": -1, "high": 1}}, "optim.lr=-1"),
         ({"midas.warmup_epochs": {"kind": "int", "low": 2, "high": 99}}, "no main phase"),
+        ({"train.precision": {"kind": "choice", "values": ["fp8"]}}, "train.precision=fp8"),
         ({"scaling.num_workers": {"kind": "choice", "values": [1]}}, "does not decide"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_search(searching(space))
+
+
+def test_a_population_needs_settings_that_can_change_on_the_way():
+    preset = load_preset("digits")
+    space = {"midas.warmup_epochs": {"kind": "int", "low": 2, "high": 5}}
+    search = type(preset.search)(space=space, scheduler="pbt")
+    with pytest.raises(ConfigError, match="search.space has none that can"):
+        check_search(preset.model_copy(update={"search": search}))
 
 
 def test_training_does_not_look_at_the_search():

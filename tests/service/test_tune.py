@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from service.config import load_preset
 from service.files import TRIALS_NAME, read_history
-from service.sweep import Record
+from service.record import Record
 from tests.service.cli import SMALL, finish, last_json, midas, start, until
 
 pytestmark = pytest.mark.ray
