@@ -49,8 +49,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure a configuration; nothing of it is kept.
 
-    Without a cluster address, process groups without Ray take turns with the workers: as many as
-    there are workers, and one alone with the rows of one worker.
+    Without a cluster address, processes without Ray take turns with the workers: a group of as
+    many, one alone with the rows of one worker, and as many apart, which do not talk to each other.
 
     Args:
         config: from `launch.resolve`; its largest number of workers is measured.
@@ -65,9 +65,12 @@ def bench(
         `samples_per_second` of the loop under Ray Train with its data from Ray Data,
         `model_samples_per_second` of bare steps on batches in memory, `rows_per_second` of the
         reader alone, `midas_over_joint` and `midas_over_joint_uni` (time of a step),
-        `ray_over_bare` and `scaling` (samples a second against process groups without Ray with
-        data in memory: of as many, and of as many against one), shares of the loop's time,
-        seconds of a step, peak memory, and `limit`, a sentence.
+        `ray_over_bare` (samples a second against a process group without Ray, with data in
+        memory), `scaling` (of that group against one process), `apart_scaling` (the same of
+        processes that do not talk, all of which then take the same number of steps, and
+        `slowest_scaling` if each were as slow as the slowest, as those that wait for each other
+        are), shares of the loop's time, seconds of the first step and of a step, peak memory, and
+        `limit`, a sentence.
     """
     began = time.monotonic()
     manifest = load_manifest(data_folder)
@@ -76,23 +79,30 @@ def bench(
     config = config.model_copy(update={"scaling": scaling})
     check_local_capacity(scaling)
     launch.check_plan(config, manifest)
-    groups = sorted({1, workers}) if environment()["RAY_ADDRESS"] is None else []
+    bare = _bare(workers) if environment()["RAY_ADDRESS"] is None else {}
     payload = launch.base_payload(config, manifest, data_folder) | {"seconds": seconds}
-    payload["others"] = [*(f"bare_{size}" for size in groups), *(others or {})]
+    payload["others"] = bare | {name: [name] for name in others or {}}
     with _folder(config) as folder, ray_session(config, debug=debug):
         payload["folder"] = str(folder)
-        with _contenders(folder, payload, groups, others or {}, debug=debug):
+        with _contenders(folder, payload, workers if bare else 0, others or {}, debug=debug):
             returned = run_workers("bench_worker", scaling, folder, payload)
-    report = summary(returned["turns"], workers, list(others or {}))
+    report = summary(returned["turns"], list(others or {}))
     return {
         **report,
         **returned["peak"],
-        "precision": returned["precision"],
-        "device": returned["device"],
+        **{name: returned[name] for name in ("first_step_seconds", "precision", "device")},
         "workers": workers,
-        "limit": limit(report),
+        "limit": limit(report, workers),
         "seconds": time.monotonic() - began,
     }
+
+
+def _bare(workers: int) -> dict[str, list[str]]:
+    """Contenders without Ray -> the processes that are called."""
+    if workers == 1:
+        return {"bare": ["single_0"]}
+    apart = [f"single_{place}" for place in range(workers)]
+    return {"bare": ["group"], "alone": apart[:1], "apart": apart}
 
 
 @contextlib.contextmanager
@@ -109,21 +119,22 @@ def _folder(config: RunConfig) -> Iterator[Path]:
 def _contenders(
     folder: Path,
     payload: dict[str, Any],
-    groups: Sequence[int],
+    workers: int,
     others: Mapping[str, Command],
     *,
     debug: bool,
 ) -> Iterator[None]:
-    """Processes without Ray that wait for their turns while the body runs."""
+    """Processes without Ray, for so many workers, that wait for their turns while the body runs."""
     scaling = RunConfig.model_validate(payload["config"]).scaling
     write_text(folder / "payload.json", json.dumps(payload))
     env = {**os.environ, "OMP_NUM_THREADS": str(scaling.cpus_per_worker), "PYTHONPATH": str(ROOT)}
     output = None if debug else subprocess.DEVNULL
+    places = range(workers)
+    called = [(f"single_{place}", place, 1) for place in places]
+    called += [("group", place, workers) for place in places if workers > 1]
     commands = [
-        [sys.executable, "-m", "service.contest", str(folder), str(place), str(size)]
-        + [str(scaling.max_workers)]
-        for size in groups
-        for place in range(size)
+        [sys.executable, "-m", "service.contest", str(folder), *map(str, arguments)]
+        for arguments in called
     ]
     processes = [
         subprocess.Popen(command, env=env, stdout=output, stderr=output) for command in commands
@@ -142,7 +153,7 @@ def _contenders(
             process.kill()
 
 
-def summary(turns: Turns, workers: int, others: Sequence[str] = ()) -> dict[str, Any]:
+def summary(turns: Turns, others: Sequence[str] = ()) -> dict[str, Any]:
     """Medians and ratios from the contenders' turns; see `bench`."""
     loop, memory = turns["loop"], turns["memory"]
 
@@ -161,12 +172,14 @@ def summary(turns: Turns, workers: int, others: Sequence[str] = ()) -> dict[str,
         "rounds": len(loop),
         "steps_per_turn": loop[0]["steps"],
     }
-    bare = turns.get(f"bare_{workers}")
-    if bare:
+    if bare := turns.get("bare"):
         result["ray_over_bare"] = ratio([*map(rate, loop)], [*map(rate, bare)])
         result["bare_samples_per_second"] = median(map(rate, bare))
-    if bare and workers > 1:
-        result["scaling"] = ratio([*map(rate, bare)], [*map(rate, turns["bare_1"])])
+    if bare and "alone" in turns:
+        one, apart = [*map(rate, turns["alone"])], turns["apart"]
+        result["scaling"] = ratio([*map(rate, bare)], one)
+        result["apart_scaling"] = ratio([turn["rate"] for turn in apart], one)
+        result["slowest_scaling"] = ratio([turn["slowest_rate"] for turn in apart], one)
     for name in others:
         rates = [*map(rate, turns[name])]
         result[f"{name}_over"] = ratio([*map(rate, loop)], rates)
@@ -179,8 +192,8 @@ def summary(turns: Turns, workers: int, others: Sequence[str] = ()) -> dict[str,
     return result
 
 
-def limit(report: dict[str, Any]) -> str:
-    """What keeps training from being faster, in a sentence."""
+def limit(report: Mapping[str, Any], workers: int) -> str:
+    """What keeps training by so many workers from being faster, in a sentence."""
     reader, trained = report["rows_per_second"], report["samples_per_second"]
     if report["data_wait_share"] > NOTABLE or reader < AMPLE * trained:
         return (
@@ -189,10 +202,17 @@ def limit(report: dict[str, Any]) -> str:
             "cores (feed.readers), or store smaller rows"
         )
     if report["exchange_share"] > 3 * NOTABLE:
+        slowest = ""
+        if "slowest_scaling" in report:
+            slowest = (
+                f", of which the machine has its part: {workers} processes that do not talk are "
+                f"as fast as {report['apart_scaling']:.2f}, at the pace of the slowest as "
+                f"{report['slowest_scaling']:.2f}"
+            )
         return (
-            f"exchange between workers: {report['exchange_share']:.0%} of the time; larger "
-            "batches, model.batchnorm=local, midas.pair_groups and train.gradient_compression "
-            "lower it"
+            f"exchange between workers: {report['exchange_share']:.0%} of the time{slowest}; "
+            "larger batches, model.batchnorm=local, midas.pair_groups and "
+            "train.gradient_compression lower it"
         )
     return (
         f"the model: the reader could feed {reader / trained:,.1f} times as much; faster "

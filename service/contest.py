@@ -2,9 +2,10 @@
 
 One contender is the real loop in Ray Train workers, fed by Ray Data. Its rank 0 conducts: after a
 turn it lets every other contender have one, then goes on. The others are single steps of three
-methods on batches in memory, the reader alone, and process groups without Ray, started by the
-driver as `python -m service.contest`, that run the same loop on the same batches in memory. These
-are called by files in a folder that all see.
+methods on batches in memory, the reader alone, and processes without Ray, started by the driver as
+`python -m service.contest`, that run the same loop on the same batches in memory: a group of as
+many, one alone, and as many apart, which do not talk to each other. These are called by files in a
+folder that all see.
 
 A turn takes a fixed number of steps, the same for all, that took the conductor TURN_SECONDS.
 """
@@ -135,6 +136,7 @@ class Loop:
         )
         numbers = {"seconds": seconds, "steps": self._steps, "rows": self._rows, **shares}
         numbers["step_p50"], numbers["step_p95"] = percentiles(self._step_seconds)
+        numbers["first_step"] = self._step_seconds[0]
         self._begin(self._between(numbers))
 
 
@@ -148,12 +150,15 @@ class _Conductor:
         self._config = steady(RunConfig.model_validate(payload["config"]))
         self._manifest = Manifest.model_validate(payload["manifest"])
         self._data_folder, self._folder = payload["data_folder"], Path(payload["folder"])
-        self._others, self._seconds = payload["others"], payload["seconds"]
+        self._others: dict[str, list[str]] = payload["others"]
+        self._seconds = payload["seconds"]
+        self._calls: dict[str, int] = defaultdict(int)
         self._device = device
         self._found: dict[str, list[Numbers]] = defaultdict(list)
         self._deadline = 0.0
         self._round = -2  # two turns before the first that counts
         self._steps = CALIBRATION_STEPS
+        self._first_step = 0.0
         self._rows = self._new_rows()
         self._reader = self._stream(self._new_rows())
         self._kept = list(islice(self._stream(self._new_rows()), KEPT_BATCHES))
@@ -182,6 +187,7 @@ class _Conductor:
             "precision": stepper.precision,
             "peak": peak_memory(),
             "device": str(self._device),
+            "first_step_seconds": self._first_step,
         }
 
     def _new_rows(self) -> WorkerRows:
@@ -200,6 +206,7 @@ class _Conductor:
         """After a turn of the real loop: let the others have theirs."""
         self._round += 1
         if self._round < 0:
+            self._first_step = numbers["first_step"]
             return CALIBRATION_STEPS
         if self._round == 0:
             step = numbers["seconds"] / numbers["steps"]
@@ -252,19 +259,28 @@ class _Conductor:
         return time.perf_counter() - began
 
     def _call(self, name: str) -> None:
-        """A turn of a contender outside Ray."""
+        """A turn of a contender outside Ray, which may be several processes at a time."""
         if rank() == 0:
-            answer = self._folder / f"{DONE}-{name}-{self._round}"
-            write_text(self._folder / f"{CALL}-{name}-{self._round}", str(self._steps))
-            began = time.monotonic()
-            while not answer.exists():
-                if time.monotonic() - began > ANSWER_SECONDS:
-                    raise RuntimeError(
-                        f"contender {name} does not answer; --debug shows its output"
-                    )
-                time.sleep(POLL_SECONDS)
-            self._found[name].append(json.loads(answer.read_text()))
+            processes = self._others[name]
+            for process in processes:
+                self._calls[process] += 1
+                call = f"{CALL}-{process}-{self._calls[process]}"
+                write_text(self._folder / call, str(self._steps))
+            answers = [self._answer(process) for process in processes]
+            rates = [answer["rows"] / answer["seconds"] for answer in answers]
+            self._found[name].append(
+                answers[0] | {"rate": sum(rates), "slowest_rate": len(rates) * min(rates)}
+            )
         from_rank_zero(None)
+
+    def _answer(self, process: str) -> Numbers:
+        path = self._folder / f"{DONE}-{process}-{self._calls[process]}"
+        began = time.monotonic()
+        while not path.exists():
+            if time.monotonic() - began > ANSWER_SECONDS:
+                raise RuntimeError(f"contender {process} does not answer; --debug shows its output")
+            time.sleep(POLL_SECONDS)
+        return json.loads(path.read_text())
 
 
 def _wait_for(device: torch.device) -> None:
@@ -332,25 +348,26 @@ class Turns:
         return path
 
 
-def bare(payload: dict[str, Any], folder: Path, device: torch.device, of: int) -> None:
-    """A rank of a process group without Ray: the same loop on batches in memory.
+def bare(payload: dict[str, Any], folder: Path, name: str, place: int, device: torch.device):
+    """A process without Ray: the same loop on batches in memory, alone or in a process group.
 
     Args:
         payload: as for `bench_worker`.
         folder: where contenders meet.
-        device: of this rank.
-        of: number of Ray workers, which put the batches down.
+        name: of the contender.
+        place: rank of the Ray worker whose rows it takes.
+        device: of this process.
     """
-    turns = Turns(folder, f"bare_{world_size()}")
+    turns = Turns(folder, name)
     config = steady(RunConfig.model_validate(payload["config"]))
     manifest = Manifest.model_validate(payload["manifest"])
     stepper = Stepper(config, manifest, device)
-    lanes = make_order(config, manifest).lanes_of(rank(), of)
-    values = torch.load(turns.wait(f"batches-{rank()}.pt"), weights_only=True)
+    order, of = make_order(config, manifest), config.scaling.max_workers
+    values = torch.load(turns.wait(f"batches-{place}.pt"), weights_only=True)
     kept = [_on(Batch(**value), device) for value in values]
     if world_size() < of:  # as many rows a process, in smaller batches
-        kept = [_alone(batch, lanes) for batch in kept]
-    source, steps = cycle(kept), make_order(config, manifest).num_steps
+        kept = [_alone(batch, order.lanes_of(place, of)) for batch in kept]
+    source, steps = cycle(kept), order.num_steps
 
     def between(numbers: Numbers) -> int:
         asked = 0
@@ -363,16 +380,18 @@ def bare(payload: dict[str, Any], folder: Path, device: torch.device, of: int) -
     Loop(stepper, lambda epoch: islice(source, steps), between).run()
 
 
-def main(folder: str, place: str, size: str, of: str) -> None:
-    """Rank `place` of `size` without Ray, beside `of` Ray workers."""
+def main(folder: str, name: str, place: str, size: str) -> None:
+    """Process `place` of the contender `name`, of `size` that talk to each other."""
     payload = json.loads((Path(folder) / "payload.json").read_text())
-    scaling = payload["config"]["scaling"]
-    torch.set_num_threads(scaling["cpus_per_worker"])
-    on_gpu = scaling["device"] != "cpu" and torch.cuda.device_count() >= int(of)
+    scaling = RunConfig.model_validate(payload["config"]).scaling
+    torch.set_num_threads(scaling.cpus_per_worker)
+    on_gpu = scaling.device != "cpu" and torch.cuda.device_count() >= scaling.max_workers
     device = torch.device(f"cuda:{place}" if on_gpu else "cpu")
-    group = process_group(int(place), int(size), f"{folder}/group-{size}", device)
-    with contextlib.suppress(TheEnd), group if int(size) > 1 else contextlib.nullcontext():
-        bare(payload, Path(folder), device, int(of))
+    group = contextlib.nullcontext()
+    if int(size) > 1:
+        group = process_group(int(place), int(size), f"{folder}/group-{name}", device)
+    with contextlib.suppress(TheEnd), group:
+        bare(payload, Path(folder), name, int(place), device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How fast CREMA-D trains, from shards through Ray, against other ways; prints one JSON line.
 
     python tests/bench/train_speed.py [--clips 192] [--seconds 240] [--released DIR]
+        [--batchnorm local] [--compile]
 
 A tree in CREMA-D's layout is made and prepared with the released recipe: 3 frames of 224 pixels of
 9 candidates, and a filter bank of 1024 x 128; two ResNet-18, 16 rows a worker. The contenders of
@@ -32,12 +33,17 @@ from service.config import RunConfig, load_preset  # noqa: E402
 ROWS_PER_WORKER = 16
 
 
-def configuration(root: Path, storage: Path, workers: int, precision: str) -> RunConfig:
+def configuration(root: Path, storage: Path, args: argparse.Namespace) -> RunConfig:
     """The preset, on this tree, with the released recipe."""
     preset = load_preset("cremad").model_dump(mode="json")
     preset["data"] |= {"root": str(root), "recipe": "official", "modalities": {}}
-    preset["train"] |= {"global_batch_size": workers * ROWS_PER_WORKER, "precision": precision}
-    preset["scaling"] |= {"num_workers": workers}
+    preset["model"] |= {"batchnorm": args.batchnorm}
+    preset["train"] |= {
+        "global_batch_size": args.workers * ROWS_PER_WORKER,
+        "precision": args.precision,
+        "compile": args.compile,
+    }
+    preset["scaling"] |= {"num_workers": args.workers}
     return launch.resolve(RunConfig.model_validate(preset | {"storage": str(storage)}))
 
 
@@ -49,6 +55,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="time for all turns")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--precision", default="auto", help="train.precision")
+    parser.add_argument("--batchnorm", default="sync", help="model.batchnorm")
+    parser.add_argument("--compile", action="store_true", help="train.compile")
     parser.add_argument("--released", type=Path, help="a checkout of the authors' repository")
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
@@ -61,10 +69,11 @@ def main() -> None:
         root, storage = Path(folder) / "clips", Path(folder) / "runs"
         root.mkdir()
         write_tree(root, args.clips)
-        config = configuration(root, storage, args.workers, args.precision)
+        config = configuration(root, storage, args)
         prepared = launch.ensure_prepared(config, lambda done, total: None, debug=False)
         measured = bench(config, prepared.folder, seconds=args.seconds, debug=False, others=others)
-    given = {"clips": args.clips, "workers": args.workers, "rows_per_worker": ROWS_PER_WORKER}
+    names = ("clips", "workers", "batchnorm", "compile")
+    given = {name: getattr(args, name) for name in names} | {"rows_per_worker": ROWS_PER_WORKER}
     print(json.dumps({"bench": "train_speed", "machine": about, "config": given, **measured}))
 
 

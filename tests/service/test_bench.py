@@ -16,8 +16,9 @@ def turns() -> dict[str, list[dict[str, float]]]:
     slow = {"seconds": 4.0, "rows": 640}
     return {
         "loop": [LOOP | {"wait_share": 0.01}, LOOP | slow | {"wait_share": 0.02}],
-        "bare_2": [{"seconds": 1.6, "rows": 640}, {"seconds": 3.2, "rows": 640}],
-        "bare_1": [{"seconds": 3.2, "rows": 640}, {"seconds": 6.4, "rows": 640}],
+        "bare": [{"seconds": 1.6, "rows": 640}, {"seconds": 3.2, "rows": 640}],
+        "alone": [{"seconds": 3.2, "rows": 640}, {"seconds": 6.4, "rows": 640}],
+        "apart": [{"rate": 390.0, "slowest_rate": 360.0}, {"rate": 195.0, "slowest_rate": 180.0}],
         "memory": [
             {"midas": 0.11, "joint": 0.1, "joint_uni": 0.11, "rows": 64},
             {"midas": 0.22, "joint": 0.2, "joint_uni": 0.22, "rows": 64},
@@ -28,10 +29,12 @@ def turns() -> dict[str, list[dict[str, float]]]:
 
 
 def test_ratios_are_taken_turn_by_turn():
-    report = summary(turns(), workers=2, others=["released"])
+    report = summary(turns(), others=["released"])
     assert report["samples_per_second"] == pytest.approx((320 + 160) / 2)
     assert report["ray_over_bare"] == pytest.approx(0.8)
     assert report["scaling"] == pytest.approx(2.0)
+    assert report["apart_scaling"] == pytest.approx(1.95)
+    assert report["slowest_scaling"] == pytest.approx(1.8)
     assert report["midas_over_joint"] == pytest.approx(1.1)
     assert report["midas_over_joint_uni"] == pytest.approx(1.0)
     assert report["rows_per_second"] == pytest.approx(8000)
@@ -42,10 +45,10 @@ def test_ratios_are_taken_turn_by_turn():
 
 def test_one_worker_and_a_cluster_have_no_scaling():
     found = turns()
-    found["bare_1"] = found.pop("bare_2")
-    assert "scaling" not in summary(found, workers=1)
-    del found["bare_1"]
-    assert "ray_over_bare" not in summary(found, workers=4)
+    del found["alone"]
+    assert not {"scaling", "apart_scaling"} & set(summary(found))
+    del found["bare"]
+    assert "ray_over_bare" not in summary(found)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +61,16 @@ def test_one_worker_and_a_cluster_have_no_scaling():
     ],
 )
 def test_limit_names_the_slowest_part(values, word):
-    report = summary(turns(), workers=2) | {"exchange_share": 0.02}
-    assert limit(report | values).startswith(word)
+    report = summary(turns()) | {"exchange_share": 0.02}
+    assert limit(report | values, workers=2).startswith(word)
+
+
+def test_limit_says_what_the_machine_allows():
+    report = summary(turns()) | {"exchange_share": 0.3}
+    expected = (
+        "2 processes that do not talk are as fast as 1.95, at the pace of the slowest as 1.80"
+    )
+    assert expected in limit(report, workers=2)
 
 
 def test_a_contender_waits_for_its_turns_and_hears_the_end(tmp_path: Path):
@@ -82,7 +93,8 @@ def test_bench_of_a_small_set(tmp_path: Path):
     for name in (
         *("samples_per_second", "model_samples_per_second", "bare_samples_per_second"),
         *("rows_per_second", "midas_over_joint", "midas_over_joint_uni", "ray_over_bare"),
-        *("scaling", "step_p50_seconds", "memory/peak_mib"),
+        *("scaling", "apart_scaling", "slowest_scaling", "first_step_seconds"),
+        *("step_p50_seconds", "memory/peak_mib"),
     ):
         assert result[name] > 0
     for share in ("data_wait", "exchange", "optimizer"):
