@@ -389,7 +389,7 @@ def main(folder: str, name: str, place: str, size: str) -> None:
     device = torch.device(f"cuda:{place}" if on_gpu else "cpu")
     group = contextlib.nullcontext()
     if int(size) > 1:
-        group = process_group(int(place), int(size), f"{folder}/group-{name}", device)
+        group = process_group(int(place), int(size), f"file://{folder}/group-{name}", device)
     with contextlib.suppress(TheEnd), group:
         bare(payload, Path(folder), name, int(place), device)
 

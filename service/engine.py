@@ -166,8 +166,8 @@ class Training:
     """One process's part in a run: hooks of the loop, checkpoints, reports.
 
     Args:
-        payload: see `train_worker`. Also `generation`, of a trial in a population: it may go on from
-            the state of another with other settings; see service/population.py.
+        payload: see `train_worker`. Also `generation`, of a trial in a population: it may go on
+            from the state of another with other settings; see service/population.py.
         host: what surrounds this process.
         on_epoch: called after every epoch with the epoch and its metrics, when they are taken in.
     """

@@ -201,9 +201,9 @@ def ended_result(config: RunConfig) -> dict[str, Any] | None:
     """The summary of a sweep that is complete; None if there is something to do."""
     folder = sweep_folder(config)
     record, result = Record(folder), read_json(folder / RESULT_NAME) or {}
-    written = result.get("trials") == len(record.entries) and result.get(
-        "trials_reseeded"
-    ) == len(record.reseeded)
+    written = result.get("trials") == len(record.entries) and result.get("trials_reseeded") == len(
+        record.reseeded
+    )
     return result if written and is_complete(config, record) else None
 
 

@@ -4,7 +4,6 @@ See service/record.py for its files.
 
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
@@ -254,9 +253,7 @@ class Sweep:
         }
         if entry.reseed:
             tags["reseed"] = str(entry.reseed)
-        return self._open_run(
-            f"{self.config.name}/{entry.name}", config.resolved(), tags, run_id
-        )
+        return self._open_run(f"{self.config.name}/{entry.name}", config.resolved(), tags, run_id)
 
     def _prepare(self, entry: Entry) -> Path:
         """Write what the trial's process needs."""
@@ -274,7 +271,6 @@ class Sweep:
         payload = base_payload(config, self._manifest, self._data_folder) | {
             "run_folder": str(folder),
             "tracking": {"uri": self._uri, "run_id": entry.run_id},
-            "faults": {"faults": [], "driver": os.getpid()},
             "attempt": self._attempt,
             "warmups": str(self._folder / "warmups") if config.search.share_warmup else None,
             "generation": self._generation(entry),
@@ -313,9 +309,7 @@ class Sweep:
                 "storage": str(self._folder),
                 "checkpoint": checkpoint,
                 "scaling": trial_scaling(config),
-                "train": config.train.model_copy(
-                    update={"seed": config.train.seed + entry.reseed}
-                ),
+                "train": config.train.model_copy(update={"seed": config.train.seed + entry.reseed}),
             }
         )
 

@@ -59,6 +59,7 @@ def run_trial(asked: dict[str, Any]) -> dict[str, Any]:
     gc.collect()  # what the trial before left: streams end with their last reference
     payload = read_json(Path(asked["folder"]) / PAYLOAD_NAME)
     assert payload
+    _settle_in(payload)
     trial = _Trial(payload, began)
     trial.take_over()
     with _workers(payload):
@@ -70,20 +71,20 @@ def _workers(payload: dict[str, Any]) -> Iterator[None]:
     """The trial's other workers, and the process group of all, for the body."""
     scaling = RunConfig.model_validate(payload["config"]).scaling
     size = scaling.max_workers
-    _settle_in(payload)
     if size == 1:
         yield
         return
     address, port = get_address_and_port()
     meeting = f"tcp://{address}:{port}"
-    resources = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(payload["on_gpu"])}
+    resources: dict[str, Any] = {
+        "num_cpus": scaling.cpus_per_worker,
+        "num_gpus": int(payload["on_gpu"]),
+    }
     group = get_current_placement_group()
-    others = [
-        _Other.options(
-            **resources, scheduling_strategy=PlacementGroupSchedulingStrategy(group, place)
-        ).remote()
-        for place in range(1, size)
-    ]
+    assert group is not None
+    places = [PlacementGroupSchedulingStrategy(group, place) for place in range(1, size)]
+    other: Any = ray.remote(**resources)(_Other)
+    others = [other.options(scheduling_strategy=place).remote() for place in places]
     runs = [other.run.remote(payload, place, meeting) for place, other in enumerate(others, 1)]
     ended = threading.Event()
     threading.Thread(target=_follow, args=(runs, ended), daemon=True).start()
@@ -106,7 +107,6 @@ def _follow(runs: list[Any], ended: threading.Event) -> None:
             os._exit(1)
 
 
-@ray.remote
 class _Other:
     """A worker of a trial, but the first."""
 
@@ -114,7 +114,7 @@ class _Other:
         """Train as rank `place`."""
         _settle_in(payload)
         size = RunConfig.model_validate(payload["config"]).scaling.max_workers
-        device, faults = _device(payload), Faults([], Path(payload["run_folder"]), ("", ""))
+        device, faults = _device(payload), Faults(None, Path(payload["run_folder"]), ("", ""))
         with process_group(place, size, meeting, device):
             training = Training(payload, device, Host(), faults)
             with contextlib.suppress(
@@ -173,7 +173,7 @@ class _Trial:
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the last report."""
-        faults = Faults(self._payload["faults"], self._folder, ("", ""))
+        faults = Faults(None, self._folder, ("", ""))
         device = _device(self._payload)
         self._training = training = Training(self._payload, device, Host(), faults, self._on_epoch)
         self._reported = time.time()

@@ -10,9 +10,9 @@ from data.schema import load_manifest
 from service import launch, record, study, tracking
 from service.cluster import (
     lazy_session,
+    node_resources,
     num_cores,
     ray_session,
-    node_resources,
     signals_ignored,
     uses_gpu,
 )
@@ -51,9 +51,7 @@ def _of_trial(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"scaling": trial_scaling(config)})
 
 
-def make_plan(
-    config: RunConfig, seconds: float, nodes: Nodes, done: int = 0
-) -> dict[str, Any]:
+def make_plan(config: RunConfig, seconds: float, nodes: Nodes, done: int = 0) -> dict[str, Any]:
     """Flat plan of a sweep: trials, how many at a time, and how long they will take.
 
     Args:
@@ -107,8 +105,10 @@ def _rungs(config: RunConfig) -> list[int]:
     rung = search.grace_epochs
     while search.scheduler in ("asha", "pbt") and rung < config.optim.epochs - config.warmup_epochs:
         rungs.append(rung)
-        rung = rung * search.reduction_factor if search.scheduler == "asha" else (
-            rung + search.grace_epochs
+        rung = (
+            rung * search.reduction_factor
+            if search.scheduler == "asha"
+            else (rung + search.grace_epochs)
         )
     return rungs
 

@@ -22,7 +22,11 @@ def population(scores: list[float]) -> list[Trial]:
     return [
         Trial(
             number,
-            {"optim.lr": 0.01, "midas.eta": 0.1 + number / 10, "midas.warmup_epochs": number % 5 + 1},
+            {
+                "optim.lr": 0.01,
+                "midas.eta": 0.1 + number / 10,
+                "midas.warmup_epochs": number % 5 + 1,
+            },
             {1: 1.0, 2: score},
         )
         for number, score in enumerate(scores)
@@ -55,10 +59,14 @@ def test_settings_change_near_those_of_the_donor_and_inside_their_ranges():
 
 def test_draws_follow_seed_generation_and_trial():
     trials = population([0.9, 0.1])
-    first = next_generation(SEARCH, 1, trials)
-    assert first == next_generation(SEARCH, 1, trials)
-    assert first != next_generation(SEARCH, 2, trials)
-    assert first != next_generation(SEARCH.model_copy(update={"seed": 1}), 1, trials)
+    other = SEARCH.model_copy(update={"seed": 1})
+
+    def run(search: SearchConfig) -> list:
+        return [next_generation(search, generation, trials)[1] for generation in range(20)]
+
+    assert run(SEARCH) == run(SEARCH)
+    assert run(SEARCH) != run(other)
+    assert len({repr(member) for member in run(SEARCH)}) > 5
 
 
 @pytest.mark.parametrize("scores", [[0.5], [0.5, 0.5, 0.5]])

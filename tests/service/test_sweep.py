@@ -174,7 +174,9 @@ def test_a_population_goes_on_from_its_best_whatever_is_faster(tmp_path: Path):
     events = read_history(tmp_path / "0" / "s" / TRIALS_NAME)
     generations = [event for event in events if event["event"] == "generation"]
     assert [event["generation"] for event in generations] == [1, 2, 3, 4]
-    taken = [m for event in generations for n, m in event["members"].items() if int(n) != m["donor"]]
+    taken = [
+        m for event in generations for n, m in event["members"].items() if int(n) != m["donor"]
+    ]
     assert len(taken) >= 4
     started = {repr(event["values"]) for event in events if event["event"] == "begin"}
     assert any(repr(member["values"]) not in started for member in taken)
@@ -309,7 +311,7 @@ def test_a_search_needs_settings_that_exist():
         ({"optim.rate": {"kind": "choice", "values": [1]}}, "unknown key optim.rate"),
         ({"optim.lr": {"kind": "uniform", "low": -1, "high": 1}}, "optim.lr=-1"),
         ({"midas.warmup_epochs": {"kind": "int", "low": 2, "high": 99}}, "no main phase"),
-        ({"train.precision": {"kind": "choice", "values": ["fp8"]}}, "train.precision=fp8"),
+        ({"train.precision": {"kind": "choice", "values": ["fp8"]}}, "train.precision='fp8'"),
         ({"scaling.num_workers": {"kind": "choice", "values": [1]}}, "does not decide"),
     ):
         with pytest.raises(ConfigError, match=message):
