@@ -279,6 +279,10 @@ class Nodes:
         """Add a node in the place of a lost one."""
         self._cluster.add_node(num_cpus=self._cpus, object_store_memory=self._store)
 
+    def lose(self) -> None:
+        """Take a node away without a word."""
+        self._cluster.remove_node(self._cluster.list_all_nodes()[-1], allow_graceful=False)
+
     def kill_head(self) -> None:
         """SIGKILL to the process that the cluster cannot do without."""
         head = self._cluster.head_node

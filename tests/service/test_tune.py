@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from service.cluster import local_nodes
 from service.config import load_preset
 from service.files import TRIALS_NAME, read_history
 from service.record import Record
@@ -46,7 +47,7 @@ def swept(storage: Path) -> dict[str, Any]:
 
 def outcome(storage: Path, name: str) -> list[Any]:
     record = Record(storage / name)
-    return [(e.values, e.state, e.scores) for e in record.entries]
+    return [(e.name, e.values, e.state, e.scores) for e in record.all()]
 
 
 def test_a_sweep_ends_with_something_to_use(swept: dict[str, Any], storage: Path):
@@ -70,7 +71,7 @@ def test_mlflow_shows_the_trials_inside_the_sweep(swept: dict[str, Any]):
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
     )
-    assert len(children) == 6
+    assert len(children) == 6 + swept["trials_reseeded"]
     assert {child.info.status for child in children} == {"FINISHED"}
     assert sum(child.data.tags["best"] == "true" for child in children) == 1
     for child in children:
@@ -78,6 +79,7 @@ def test_mlflow_shows_the_trials_inside_the_sweep(swept: dict[str, Any]):
         assert not any(name.startswith("test/") for name in child.data.metrics)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_nothing(swept: dict[str, Any], storage: Path):
     process = start(*SWEEP, "--name", "killed", storage=storage)
     record = storage / "killed" / TRIALS_NAME
@@ -89,6 +91,7 @@ def test_a_killed_driver_loses_nothing(swept: dict[str, Any], storage: Path):
     assert outcome(storage, "killed") == outcome(storage, "whole")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_the_best_so_far(swept: dict[str, Any], storage: Path):
     process = start(*SWEEP, "--name", "stopped", storage=storage)
     record = storage / "stopped" / TRIALS_NAME
@@ -104,6 +107,7 @@ def test_ctrl_c_saves_and_says_the_best_so_far(swept: dict[str, Any], storage: P
     assert outcome(storage, "stopped") == outcome(storage, "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on(swept: dict[str, Any], storage: Path):
     process = start(*SWEEP, "--name", "struck", storage=storage)
     record = storage / "struck" / TRIALS_NAME
@@ -112,6 +116,20 @@ def test_a_killed_trial_goes_on(swept: dict[str, Any], storage: Path):
     result = last_json(finish(process))
     assert result["trials_finished"] == 6
     assert outcome(storage, "struck") == outcome(storage, "whole")
+
+
+@pytest.mark.slow
+def test_a_lost_node_loses_nothing(swept: dict[str, Any], storage: Path):
+    record = storage / "node" / TRIALS_NAME
+    with local_nodes(2, 1) as nodes:
+        address = {"RAY_ADDRESS": nodes.environment["RAY_ADDRESS"]}
+        process = start(*SWEEP, "--name", "node", storage=storage, **address)
+        until(lambda: any("score" in event for event in read_history(record)))
+        nodes.lose()
+        result = last_json(finish(process))
+    assert result["trials_finished"] == 6
+    assert result["concurrent"] == 2
+    assert outcome(storage, "node") == outcome(storage, "whole")
 
 
 def trial_process(driver: int) -> int:
@@ -133,6 +151,7 @@ def trial_process(driver: int) -> int:
     return next(pid for pid in found if is_below(pid))
 
 
+@pytest.mark.slow
 def test_shared_warm_up_changes_no_result(storage: Path):
     one_lr = ["--search.space.optim.lr.kind", "choice", "--search.space.optim.lr.values", "0.01"]
     one_lr += ["--search.space.optim.lr.low", "None", "--search.space.optim.lr.high", "None"]
@@ -143,11 +162,71 @@ def test_shared_warm_up_changes_no_result(storage: Path):
     assert results["shared"]["warmup/forked_trials"] >= 3
     assert results["shared"]["warmup/saved_seconds"] > 0
     assert results["own"]["warmup/forked_trials"] == 0
-    for number in range(6):
-        chains = [
-            json.loads(path.read_text())["loss_chain"]
-            for path in (storage / n / f"trial-{number:04d}" / "result.json" for n in results)
-            if path.is_file()
-        ]
-        assert len(chains) != 1
-        assert len(set(chains)) <= 1
+    for entry in Record(storage / "own").all():
+        if entry.state == "complete":
+            paths = [storage / name / entry.name / "result.json" for name in results]
+            chains = [json.loads(path.read_text())["loss_chain"] for path in paths]
+            assert chains[0] == chains[1]
+
+
+def test_a_trial_of_two_workers_computes_what_one_does(swept: dict[str, Any], storage: Path):
+    flags = ("--search.workers-per-trial", "2", "--search.trials", "3", "--search.reseeds", "0")
+    pairs = last_json(midas(*SWEEP, *flags, "--name", "pairs", storage=storage))
+    assert pairs["trials_finished"] == 3
+    assert pairs["concurrent"] == 1
+    for one, two in zip(outcome(storage, "whole"), outcome(storage, "pairs"), strict=False):
+        assert two[:2] == one[:2]
+        for epoch in one[3].keys() & two[3].keys():  # pruned at other times: one at a time
+            assert two[3][epoch] == pytest.approx(one[3][epoch], abs=0.02)
+
+
+PBT = [*SWEEP, "--search.scheduler", "pbt", "--search.trials", "4"]
+
+
+def test_a_population_goes_on_from_its_best(storage: Path):
+    result = last_json(midas(*PBT, "--name", "population", storage=storage))
+    assert result["trials_finished"] == 4
+    assert result["trials_reseeded"] == 0
+    events = read_history(storage / "population" / TRIALS_NAME)
+    generations = [event["members"] for event in events if event["event"] == "generation"]
+    assert len(generations) >= 1
+    number, member = next((int(n), m) for n, m in generations[0].items() if int(n) != m["donor"])
+    chains = [
+        (storage / "population" / f"trial-{n:04d}" / "checkpoints" / "steps" / "0000000000.csv")
+        for n in (number, member["donor"])
+    ]
+    past = [path.read_text().splitlines()[1:9] for path in chains]
+    assert past[0] == past[1]  # the donor's
+    others = set(range(4)) - {number, member["donor"]}
+    path = storage / "population" / f"trial-{min(others):04d}" / "checkpoints" / "steps"
+    assert (path / "0000000000.csv").read_text().splitlines()[1:9] != past[0]
+
+
+@pytest.mark.slow
+def test_a_killed_population_loses_nothing(storage: Path):
+    last_json(midas(*PBT, "--name", "unbroken", storage=storage))
+    process = start(*PBT, "--name", "broken", storage=storage)
+    record = storage / "broken" / TRIALS_NAME
+    until(lambda: any(event["event"] == "generation" for event in read_history(record)))
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    last_json(midas("tune", "--resume", "broken", "--json", storage=storage))
+    assert outcome(storage, "broken") == outcome(storage, "unbroken")
+
+
+@pytest.mark.slow
+def test_extend_confirm_and_status(swept: dict[str, Any], storage: Path):
+    flags = ("--search.trials", "2", "--search.reseeds", "0", "--name", "more")
+    last_json(midas(*SWEEP, *flags, storage=storage))
+    more = ("tune", "--resume", "more", "--extend", "2", "--confirm", "2", "--json")
+    result = last_json(midas(*more, storage=storage))
+    assert result["trials_finished"] == 4
+    assert outcome(storage, "more") == outcome(storage, "whole")[:4]
+    assert result["seeds"] == 2
+    assert 0 < result["best/test/accuracy/mean"] <= 1
+    assert 0 < result["default/test/accuracy/mean"] <= 1
+    status = last_json(midas("tune", "--status", "more", "--json", storage=storage))
+    assert status["trials_finished"] == 4
+    again = midas("tune", "--resume", "more", "--json", storage=storage)
+    assert last_json(again)["trials_finished"] == 4
+    assert "had ended before; no trial was run" in again.stderr
