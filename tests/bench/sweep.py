@@ -30,6 +30,7 @@ from method_step import machine  # noqa: E402
 from service.config import load_preset  # noqa: E402
 from service.record import Record  # noqa: E402
 
+OWN_WARMUP = "--search.no-share-warmup"
 # One learning rate, so that warm-ups can be shared.
 ONE_RATE = {
     "midas.eta": {"kind": "loguniform", "low": 5e-3, "high": 0.5},
