@@ -184,11 +184,13 @@ class Sweep:
         search, record = self.config.search, self.record
         entries, number = record.entries, len(record.entries)
         if number < self.num_trials:
-            seen = study.visible(entries, number, self._lag)
-            if search.scheduler == "pbt" or all(entry.state != "running" for entry in seen):
+            # A population begins at once: no trial looks at another.
+            lag = number + 1 if search.scheduler == "pbt" else self._lag
+            seen = study.visible(entries, number, lag)
+            if all(entry.state != "running" for entry in seen):
                 if number >= self._lag:
                     self.check_hope()
-                self._begin(number, study.suggest(search, number, entries, self._lag), 0)
+                self._begin(number, study.suggest(search, number, entries, lag), 0)
         elif record.num_ended < number:
             alive = [entry for entry in entries if entry.state == "running"]
             if all(entry.paused for entry in alive):

@@ -192,3 +192,13 @@ def test_rosmap_on_real_omics(storage: Path, shared_data: Path):
         f"test/zero_out_accuracy/{m}" for m in ("mrna", "methylation", "mirna")
     } <= result.keys()
     assert result["test/auroc"] > 0.5
+
+
+@pytest.mark.slow
+def test_compiled_encoders_compute_the_same(trained: dict, storage: Path):
+    command = ("train", "digits", *SMALL, "--train.compile", "--name", "compiled", "--json")
+    compiled = last_json(midas(*command, storage=storage))
+    rows = [read_history(storage / name / "history.jsonl") for name in ("whole", "compiled")]
+    for plain, other in zip(*rows, strict=True):
+        assert other["train/loss"] == pytest.approx(plain["train/loss"], rel=0.02)
+    assert compiled["test/accuracy"] == pytest.approx(trained["test/accuracy"], abs=0.05)
