@@ -1,11 +1,11 @@
 """How fast CREMA-D trains, from shards through Ray, against other ways; prints one JSON line.
 
     python tests/bench/train_speed.py [--clips 192] [--seconds 240] [--released DIR]
-        [--batchnorm local] [--compile]
+        [--rows 16] [--batchnorm local] [--compile]
 
 A tree in CREMA-D's layout is made and prepared with the released recipe: 3 frames of 224 pixels of
-9 candidates, and a filter bank of 1024 x 128; two ResNet-18, 16 rows a worker. The contenders of
-`midas bench` take turns, and with --released the training step of the authors' code as well (see
+9 candidates, and a filter bank of 1024 x 128; two ResNet-18. The contenders of `midas bench` take
+turns, and with --released the training step of the authors' code as well, with 16 rows (see
 released.py). The names are explained in service/bench.py.
 """
 
@@ -30,8 +30,6 @@ from service import launch  # noqa: E402
 from service.bench import bench  # noqa: E402
 from service.config import RunConfig, load_preset  # noqa: E402
 
-ROWS_PER_WORKER = 16
-
 
 def configuration(root: Path, storage: Path, args: argparse.Namespace) -> RunConfig:
     """The preset, on this tree, with the released recipe."""
@@ -39,7 +37,7 @@ def configuration(root: Path, storage: Path, args: argparse.Namespace) -> RunCon
     preset["data"] |= {"root": str(root), "recipe": "official", "modalities": {}}
     preset["model"] |= {"batchnorm": args.batchnorm}
     preset["train"] |= {
-        "global_batch_size": args.workers * ROWS_PER_WORKER,
+        "global_batch_size": args.workers * args.rows,
         "precision": args.precision,
         "compile": args.compile,
     }
@@ -54,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=240.0, help="time for all turns")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=16, help="rows of a worker")
     parser.add_argument("--precision", default="auto", help="train.precision")
     parser.add_argument("--batchnorm", default="sync", help="model.batchnorm")
     parser.add_argument("--compile", action="store_true", help="train.compile")
@@ -72,8 +71,8 @@ def main() -> None:
         config = configuration(root, storage, args)
         prepared = launch.ensure_prepared(config, lambda done, total: None, debug=False)
         measured = bench(config, prepared.folder, seconds=args.seconds, debug=False, others=others)
-    names = ("clips", "workers", "batchnorm", "compile")
-    given = {name: getattr(args, name) for name in names} | {"rows_per_worker": ROWS_PER_WORKER}
+    names = ("clips", "workers", "rows", "batchnorm", "compile")
+    given = {name: getattr(args, name) for name in names}
     print(json.dumps({"bench": "train_speed", "machine": about, "config": given, **measured}))
 
 
