@@ -324,8 +324,9 @@ def _tune(args: argparse.Namespace, rest: list[str], console: "Console") -> dict
     if args.preset and name:
         raise ConfigError(f"sweep {name} has its config; leave {args.preset} out")
     if args.status:
-        result = tune.status(_stored(name, rest))
-        console.sweep(result)
+        config = _stored(name, rest)
+        result = tune.status(config)
+        console.sweep(result, tune.table(config))
         return result
     if args.resume:
         config = _overridden(args, rest, _stored(name, rest))
@@ -338,7 +339,7 @@ def _tune(args: argparse.Namespace, rest: list[str], console: "Console") -> dict
         return plan
     console.status(f"sweep {config.name}")
     result = tune.tune(config, console, debug=args.debug)
-    console.sweep(result)
+    console.sweep(result, tune.table(config))
     if args.confirm:
         result |= tune.confirm(config, args.confirm, console, debug=args.debug)
     return result

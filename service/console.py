@@ -132,8 +132,14 @@ class Console:
         self.out.print(_two_columns(rows))
         self.out.print(Text(f"limited by {result['limit']}"), soft_wrap=True)
 
-    def sweep(self, result: Mapping[str, Any]) -> None:
-        """Prints a sweep: its numbers, and its trials, best first."""
+    def sweep(self, result: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Prints a sweep: its trials, and its numbers.
+
+        Args:
+            result: see `record.summary`.
+            found: see `record.sweep_table`.
+        """
+        self.out.print(self._sweep_table(found, len(found["rows"])))
         numbers = {k: v for k, v in result.items() if v is not None}
         self.out.print(
             _two_columns(
@@ -150,19 +156,19 @@ class Console:
             return
         with Live(
             console=self.err,
-            get_renderable=lambda: self._sweep_table(read()),
+            get_renderable=lambda: self._sweep_table(read(), max(4, self.err.height - 4)),
             refresh_per_second=2,
             transient=True,
         ):
             yield
 
-    def _sweep_table(self, found: Mapping[str, Any]) -> Table:
+    def _sweep_table(self, found: Mapping[str, Any], most: int) -> Table:
         best = "" if found["best"] is None else f", best {found['best']:.4f}"
         eta = "-:--:--" if found["eta"] is None else _clock(found["eta"])
         title = f"{found['ended']} of {found['trials']} trials ended{best}, eta {eta}"
         table = _new_table("trial", "state", "main epochs", "val/accuracy", "settings")
         table.title, table.title_justify = title, "left"
-        for row in found["rows"][: max(4, self.err.height - 4)]:
+        for row in found["rows"][:most]:
             table.add_row(*row)
         return table
 

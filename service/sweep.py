@@ -421,11 +421,14 @@ class Sweep:
 
     def _best_yaml(self, best: Entry) -> str:
         config = with_values(self.config, best.values).model_copy(update={"name": None})
-        header = (
-            f"# Best of sweep {self.config.name}: trial {best.number}, {OBJECTIVE} "
-            f"{best.score or 0.0:.4f}\n# {study.flat_values(best.values)}\n"
-            f"# Command: midas train {self._folder / BEST_NAME}\n"
-        )
+        lines = [
+            f"Best of sweep {self.config.name}: {best.name}, {OBJECTIVE} {best.score or 0.0:.4f}",
+            study.flat_values(best.values),
+        ]
+        if self.config.search.scheduler == "pbt":
+            lines.append("These are its last settings; trials.jsonl has those on its way there.")
+        lines.append(f"Command: midas train {self._folder / BEST_NAME}")
+        header = "".join(f"# {line}\n" for line in lines)
         return header + config_yaml(config)
 
     def _open_run(

@@ -239,6 +239,12 @@ def status(config: RunConfig) -> dict[str, Any]:
     return record.summary(config, record.Record(folder), folder)
 
 
+def table(config: RunConfig) -> dict[str, Any]:
+    """The trials of a sweep, see `record.sweep_table`."""
+    folder = record.sweep_folder(config)
+    return record.sweep_table(config, record.Record(folder), folder)
+
+
 def confirm(config: RunConfig, seeds: int, console: "Console", *, debug: bool) -> dict[str, Any]:
     """Train the best of a sweep and the config it began with over seeds, and test each once.
 

@@ -310,3 +310,34 @@ def test_error_is_one_red_paragraph_on_stderr() -> None:
     assert "\x1b[31m" in err.getvalue()
     assert "divisible" in plain(err.getvalue())
     assert out.getvalue() == ""
+
+
+SWEPT: dict[str, Any] = {
+    "rows": [
+        ("trial-0001", "main 7/30", "2", "0.4100", "optim.lr=0.02"),
+        ("trial-0000", "complete", "25", "0.9832", "optim.lr=0.01"),
+    ],
+    "ended": 1,
+    "trials": 16,
+    "best": 0.9832,
+    "eta": 62.0,
+}
+
+
+def test_a_sweep_is_a_table_of_its_trials_and_its_numbers() -> None:
+    console, out, _ = make_console()
+    console.sweep({"best_trial": 0, "wall_seconds": 12.3456}, SWEPT)
+    text = out.getvalue()
+    assert "1 of 16 trials ended, best 0.9832, eta 0:01:02" in text
+    assert re.search(r"trial-0001 +main 7/30 +2 +0\.4100 +optim\.lr=0\.02", text)
+    assert re.search(r"wall_seconds +12\.35", text)
+
+
+def test_a_running_sweep_is_a_live_table_on_a_terminal_only() -> None:
+    for terminal in (False, True):
+        console, _, err = make_console()
+        if terminal:
+            as_terminal(console, err, 120)
+        with console.sweep_view(lambda: SWEPT):
+            time.sleep(0.7)
+        assert ("trial-0001" in plain(err.getvalue())) == terminal
