@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,15 @@ def run_workers(
     if "stopped" in returned:
         raise KeyboardInterrupt(returned["stopped"])
     return returned
+
+
+def on_a_worker(scaling: ScalingConfig, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in the place of a worker of the open session's cluster."""
+    import ray
+
+    use_gpu = uses_gpu(scaling, ray.cluster_resources())
+    task: Any = ray.remote(num_cpus=scaling.cpus_per_worker, num_gpus=int(use_gpu))(function)
+    return ray.get(task.remote(*args))
 
 
 class Nodes:

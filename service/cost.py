@@ -1,4 +1,4 @@
-"""What a trial will take, from a few steps and one validation on made-up rows, on this machine.
+"""What a trial will take, from a few steps and one validation on made-up rows, in this process.
 
 Reading is not in it: that goes on beside, and is measured by `midas bench`.
 """
@@ -20,7 +20,7 @@ STEPS = 3
 
 
 def trial_seconds(config: RunConfig, manifest: Manifest) -> float:
-    """Seconds that all epochs of a trial of one worker take, without reading."""
+    """Seconds that all epochs of a trial take, without reading and exchanges between workers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.scaling.cpus_per_worker)
     try:
@@ -33,7 +33,8 @@ def _measured(config: RunConfig, manifest: Manifest) -> float:
     gpu = config.scaling.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     stepper = Stepper(config, manifest, device)
-    batch = _rows(manifest, config.train.global_batch_size, config.train.lanes, device)
+    workers = config.scaling.max_workers
+    batch = _rows(manifest, config.train.global_batch_size // workers, config.train.lanes, device)
     method, optimizer = stepper.method, stepper.optimizer
 
     def step_seconds(epoch: int) -> float:
@@ -49,7 +50,7 @@ def _measured(config: RunConfig, manifest: Manifest) -> float:
     def validate() -> None:
         evaluate(method, [chunk], seed=0, subsets=False, device=device)
 
-    validation = _timed(validate, device) * manifest.rows("val") / rows
+    validation = _timed(validate, device) * manifest.rows("val") / rows / workers
     steps, warmup = make_order(config, manifest).num_steps, config.warmup_epochs
     trained = steps * (config.optim.epochs - warmup) * step_seconds(warmup)
     if warmup:

@@ -500,7 +500,7 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
         )
     if "top/best_mean" in result:
         lines.append(
-            f"the best of the search has {result[f'best/{OBJECTIVE}']:.4f}, over "
+            f"The best of the search has {result[f'best/{OBJECTIVE}']:.4f}, over "
             f"{result['top/seeds']} seeds {result['top/best_mean']:.4f}; the spread of the best "
             f"trials over seeds is {result['top/std_over_seeds']:.4f}"
         )

@@ -12,6 +12,7 @@ from service.cluster import (
     lazy_session,
     node_resources,
     num_cores,
+    on_a_worker,
     ray_session,
     signals_ignored,
     uses_gpu,
@@ -127,10 +128,11 @@ def dry_run(config: RunConfig, *, debug: bool) -> dict[str, Any]:
     check_search(config)
     manifest = manifest_of(config)
     launch.check_plan(_of_trial(config), manifest)
-    seconds = trial_seconds(_of_trial(config), manifest)
+    asked = (_of_trial(config), manifest)
     if environment()["RAY_ADDRESS"] is None:
-        return make_plan(config, seconds, [{"CPU": num_cores()}])
-    with ray_session(_of_trial(config), debug=debug):
+        return make_plan(config, trial_seconds(*asked), [{"CPU": num_cores()}])
+    with ray_session(asked[0], debug=debug):
+        seconds = on_a_worker(asked[0].scaling, trial_seconds, *asked)
         return make_plan(config, seconds, node_resources())
 
 
@@ -166,9 +168,12 @@ def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any
     try:
         with launch.locked(folder), lazy_session(_of_trial(config), debug=debug) as session:
             session.start()
-            seconds = trial_seconds(_of_trial(config), manifest)
+            asked = (_of_trial(config), manifest)
+            seconds = 0.0 if remote else trial_seconds(*asked)
             _load(config)
             session.ready()
+            if remote:  # where trials will run, this machine is not
+                seconds = on_a_worker(asked[0].scaling, trial_seconds, *asked)
             nodes = node_resources()
             driven = Sweep(
                 config,
