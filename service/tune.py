@@ -203,10 +203,12 @@ def _load(config: RunConfig) -> None:
 
 
 def _sentence(plan: Mapping[str, Any]) -> str:
+    more = f" and {plan['trials_reseeded']} with other seeds" if plan["trials_reseeded"] else ""
+    hours = plan["hours_without_pruning"]
+    most = f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.0f} hours"
     return (
-        f"{plan['trials']} trials and {plan['trials_reseeded']} with other seeds, "
-        f"{plan['concurrent']} at a time, about "
-        f"{plan['seconds_per_trial']:g} s each: at most {plan['hours_without_pruning']:.2g} hours"
+        f"{plan['trials']} trials{more}, {plan['concurrent']} at a time, about "
+        f"{plan['seconds_per_trial']:g} s each: at most {most}, less what is pruned"
     )
 
 
