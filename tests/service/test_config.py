@@ -14,6 +14,7 @@ from service.config import (
     MethodName,
     RunConfig,
     check,
+    check_search,
     config_yaml,
     difference,
     load_preset,
@@ -33,6 +34,7 @@ def config(**values: Any) -> RunConfig:
 def test_presets_load_and_pass_the_check(name: str):
     preset = load_preset(name)
     check(preset)
+    check_search(preset)
     assert name.startswith(preset.data.name)
 
 
@@ -42,6 +44,7 @@ def test_preset_headers_say_what_for_and_how(path: Path):
     assert header[0].startswith("# Purpose: ")
     name = path.stem.removesuffix("_midas")
     assert any(line.startswith(f"# Command: midas train {name}") for line in header)
+    assert any(line.startswith(f"# Sweep:   midas tune {name}") for line in header)
 
 
 @pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
