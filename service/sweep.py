@@ -255,7 +255,7 @@ class Sweep:
         }
         if entry.reseed:
             tags["reseed"] = str(entry.reseed)
-        return self._open_run(f"{self.config.name}/{entry.name}", config.resolved(), tags, run_id)
+        return self._open_run(entry.name, config.resolved(), tags, run_id)
 
     def _prepare(self, entry: Entry) -> Path:
         """Write what the trial's process needs."""

@@ -282,7 +282,7 @@ def test_curves_skip_what_the_history_lacks_and_keep_colours() -> None:
     assert (shade.get_x(), shade.get_width()) == (0.5, 2.0)
 
 
-def wait_until_up(url: str, process: subprocess.Popen[bytes]) -> int:
+def wait_until_up(url: str, process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> int:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:

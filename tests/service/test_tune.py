@@ -73,6 +73,7 @@ def test_mlflow_shows_the_trials_inside_the_sweep(swept: dict[str, Any]):
     )
     assert len(children) == 6 + swept["trials_reseeded"]
     assert {child.info.status for child in children} == {"FINISHED"}
+    assert {f"trial-{n:04d}" for n in range(6)} < {child.info.run_name for child in children}
     assert sum(child.data.tags["best"] == "true" for child in children) == 1
     for child in children:
         assert client.get_metric_history(child.info.run_id, "train/loss")
