@@ -147,7 +147,15 @@ class Sweep:
             for entry in self.record.all():
                 is_best = {"best": "true" if entry is best else "false"}
                 tracking.set_tags(self._uri, entry.run_id, is_best)
-            tags = {"best_trial": best.name, **_texts(best.values)}
+            tags = {
+                "best_trial": best.name,
+                "mlflow.note.content": (
+                    f"Best: **{best.name}**, {OBJECTIVE} {best.score or 0.0:.4f}, "
+                    f"{study.flat_values(best.values)}. Figures and tables: `{REPORT_NAME}` "
+                    "among the artifacts."
+                ),
+                **_texts(best.values),
+            }
             tracking.set_tags(self._uri, self.record.fixed["mlflow_run_id"], tags)
         result = self.result()
         write_text(self._folder / REPORT_NAME, report(self.config, self.record, result))

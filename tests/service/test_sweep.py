@@ -195,6 +195,7 @@ def test_mlflow_has_a_run_per_trial_inside_that_of_the_sweep(unbroken: tuple[Run
     assert best
     marked = [child for child in children if child.data.tags["best"] == "true"]
     assert [child.data.tags["trial"] for child in marked] == [str(best.number)]
+    assert f"Best: **{best.name}**" in parent.data.tags["mlflow.note.content"]
     assert marked[0].data.params["optim.lr"] == str(best.values["optim.lr"])
     assert any(child.data.tags["state"].startswith("pruned: asha") for child in children)
     history = client.get_metric_history(parent.info.run_id, "best/val/accuracy")
