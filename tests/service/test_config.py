@@ -44,7 +44,7 @@ def test_preset_headers_say_what_for_and_how(path: Path):
     assert header[0].startswith("# Purpose: ")
     name = path.stem.removesuffix("_midas")
     assert any(line.startswith(f"# Command: midas train {name}") for line in header)
-    assert any(line.startswith(f"# Sweep:   midas tune {name}") for line in header)
+    assert any(line.startswith("# Sweep:   midas tune ") for line in header)
 
 
 @pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
