@@ -216,6 +216,16 @@ def test_a_killed_population_loses_nothing(storage: Path):
 
 
 @pytest.mark.slow
+def test_hours_end_a_sweep_and_more_hours_go_on(swept: dict[str, Any], storage: Path):
+    flags = ("--search.hours", "0.005", "--name", "hours")
+    ended = last_json(midas(*SWEEP, *flags, storage=storage))
+    assert ended["trials"] < 6 or ended["trials_running"] > 0
+    more = ("tune", "--resume", "hours", "--search.hours", "1", "--json")
+    assert last_json(midas(*more, storage=storage))["trials_finished"] == 6
+    assert outcome(storage, "hours") == outcome(storage, "whole")
+
+
+@pytest.mark.slow
 def test_extend_confirm_and_status(swept: dict[str, Any], storage: Path):
     flags = ("--search.trials", "2", "--search.reseeds", "0", "--name", "more")
     last_json(midas(*SWEEP, *flags, storage=storage))
