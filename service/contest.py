@@ -7,10 +7,13 @@ methods on batches in memory, the reader alone, and processes without Ray, start
 many, one alone, and as many apart, which do not talk to each other. These are called by files in a
 folder that all see.
 
-A turn takes a fixed number of steps, the same for all, that took the conductor TURN_SECONDS.
+A turn takes a fixed number of steps, the same for all, that took the conductor TURN_SECONDS, and
+one before them that does not count: between turns the contenders give their memory back, for
+together they would need more than many a machine has.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -67,6 +70,12 @@ def steady(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"midas": midas})
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system; workers keep it otherwise, see service/environment.py."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Loop:
     """`fit` that pauses after every turn.
 
@@ -105,7 +114,8 @@ class Loop:
             prepare_seconds=self._prepare_seconds,
         )
         parts = (self._stepper.method, self._stepper.optimizer, self._stepper.schedule)
-        self._begin(WARMUP_STEPS)
+        self._steps, self._left = WARMUP_STEPS, WARMUP_STEPS
+        self._reset()
         with contextlib.suppress(TheEnd):
             fit(*parts, hooks, Position(), seed=0, num_epochs=EPOCHS, eval_every_epochs=EPOCHS)
 
@@ -114,16 +124,19 @@ class Loop:
             self._rows += batch.global_rows
             yield batch
 
-    def _begin(self, steps: int) -> None:
-        self._steps = self._left = steps
+    def _reset(self) -> None:
+        """Count from here."""
         self._rows, self._exchanged = 0, exchanges.seconds
         self._step_seconds: list[float] = []
         self._began = time.perf_counter()
         self._stepper.method.clock.reset()
 
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
-        self._step_seconds.append(time.perf_counter() - self._began - sum(self._step_seconds))
         self._left -= 1
+        if self._left == self._steps:  # the step before the turn
+            self._reset()
+            return
+        self._step_seconds.append(time.perf_counter() - self._began - sum(self._step_seconds))
         if self._left:
             return
         clock = self._stepper.method.clock
@@ -137,7 +150,8 @@ class Loop:
         numbers = {"seconds": seconds, "steps": self._steps, "rows": self._rows, **shares}
         numbers["step_p50"], numbers["step_p95"] = percentiles(self._step_seconds)
         numbers["first_step"] = self._step_seconds[0]
-        self._begin(self._between(numbers))
+        self._steps = self._between(numbers)
+        self._left = self._steps + 1
 
 
 def conduct(payload: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -236,12 +250,12 @@ class _Conductor:
         seconds: dict[str, list[float]] = {name: [] for name in METHODS}
         cycles = max(1, self._steps // (2 * len(METHODS)))
         batches = cycle(self._kept)
-        if not self._wrapped:  # and once before it counts
-            for name, stepper in self._steppers.items():
+        for name, stepper in self._steppers.items():
+            if name not in self._wrapped:
                 stepper.method.set_phase(0)
                 stepper.method.train()
                 self._wrapped[name] = stepper.wrap(stepper.method)
-                self._timed_step(name, next(batches), 0)
+            self._timed_step(name, next(batches), 0)  # does not count
         for number in range(cycles):
             batch = next(batches)
             for name in METHODS[:: 1 if (self._round + number) % 2 else -1]:
@@ -260,6 +274,7 @@ class _Conductor:
 
     def _call(self, name: str) -> None:
         """A turn of a contender outside Ray, which may be several processes at a time."""
+        give_back_memory()
         if rank() == 0:
             processes = self._others[name]
             for process in processes:
@@ -370,6 +385,7 @@ def bare(payload: dict[str, Any], folder: Path, name: str, place: int, device: t
     source, steps = cycle(kept), order.num_steps
 
     def between(numbers: Numbers) -> int:
+        give_back_memory()
         asked = 0
         with contextlib.suppress(TheEnd):
             asked = turns.next(numbers) if rank() == 0 else 0
