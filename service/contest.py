@@ -176,7 +176,6 @@ class _Conductor:
         self._rows = self._new_rows()
         self._reader = self._stream(self._new_rows())
         self._kept = list(islice(self._stream(self._new_rows()), KEPT_BATCHES))
-        self._put_down()
         self._steppers = {
             name: Stepper(self._config.model_copy(update={"method": name}), self._manifest, device)
             for name in METHODS
@@ -221,6 +220,10 @@ class _Conductor:
         self._round += 1
         if self._round < 0:
             self._first_step = numbers["first_step"]
+            self._put_down()
+            for name in self._others:  # until they are ready
+                self._call(name)
+            self._found.clear()
             return CALIBRATION_STEPS
         if self._round == 0:
             step = numbers["seconds"] / numbers["steps"]
