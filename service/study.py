@@ -8,13 +8,12 @@ trials at a time, and an interrupted sweep goes on as it would have: there is no
 from __future__ import annotations
 
 import hashlib
-import html
 import itertools
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from service.search import Distribution, SearchConfig, Value, is_active
 
@@ -29,10 +28,6 @@ STARTUP_TRIALS = 6
 # Median stopping waits for this many finished trials.
 MEDIAN_TRIALS = 3
 OBJECTIVE = "val/accuracy"
-STYLE = (
-    "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}"
-    "td{border-bottom:1px solid #ddd;padding:.2em .8em}tr:first-child{font-weight:bold}"
-)
 
 
 @dataclass
@@ -235,81 +230,10 @@ def _distribution(distribution: Distribution) -> BaseDistribution:
     return FloatDistribution(low, high, log=distribution.kind == "loguniform")
 
 
-def page(
-    search: SearchConfig,
-    trials: Sequence[Trial],
-    facts: Sequence[str],
-    over_seeds: Sequence[tuple[Trial, Sequence[float]]],
-) -> str:
-    """One HTML page with Optuna's interactive figures of a sweep; works without a network.
-
-    Args:
-        facts: sentences for its top.
-        over_seeds: the best trials, and their scores over seeds.
-    """
-    figures = [
-        figure.to_html(full_html=False, include_plotlyjs=index == 0)
-        for index, figure in enumerate(_figures(search, trials))
-    ]
-    title = f"<meta charset='utf-8'><title>Sweep</title><style>{STYLE}</style>"
-    told = "".join(f"<p>{html.escape(fact)}.</p>" for fact in facts)
-    tables = _seeds_html(over_seeds) + _trials_html(trials)
-    return f"<!doctype html>{title}<h1>Sweep</h1>{told}{tables}{''.join(figures)}\n"
-
-
-def _figures(search: SearchConfig, trials: Sequence[Trial]) -> Iterator[Any]:
-    from optuna import visualization
-    from optuna.trial import TrialState
-
-    study = make_study(search, trials)
-    names = [name for name in search.space if any(name in trial.values for trial in trials)]
-    finished = [t for t in study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
-    if finished:
-        yield visualization.plot_optimization_history(study)
-    if any(trial.scores for trial in trials):
-        yield visualization.plot_intermediate_values(study)
-    if len(finished) > 1 and len({trial.value for trial in finished}) > 1:
-        yield visualization.plot_param_importances(study)
-    if finished:
-        yield visualization.plot_parallel_coordinate(study, params=names)
-        yield visualization.plot_slice(study, params=names)
-    if finished and len(names) > 1:
-        yield visualization.plot_contour(study, params=names[:3])
-
-
-def _trials_html(trials: Iterable[Trial]) -> str:
-    """The trials, best first."""
-    rows = sorted(trials, key=lambda t: (t.state != "complete", -(t.score or 0.0), t.number))
-    names = list(dict.fromkeys(name for trial in rows for name in trial.values))
-    cells = [["trial", "state", OBJECTIVE, *names]]
-    for trial in rows:
-        score = "" if trial.score is None else f"{trial.score:.4f}"
-        values = [_text(trial.values.get(name, "")) for name in names]
-        cells.append([str(trial.number), trial.state, score, *values])
-    return _table_html(cells)
-
-
-def _seeds_html(over_seeds: Sequence[tuple[Trial, Sequence[float]]]) -> str:
-    if not over_seeds:
-        return ""
-    cells = [["trial", "seeds", "mean", "std", "scores, that of the search first"]]
-    for trial, scores in over_seeds:
-        std = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-        each = ", ".join(f"{score:.4f}" for score in scores)
-        mean = f"{statistics.mean(scores):.4f}"
-        cells.append([str(trial.number), str(len(scores)), mean, std, each])
-    return _table_html(cells)
-
-
-def _table_html(cells: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _text(value: Value) -> str:
+def text_of(value: Value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def flat_values(values: Mapping[str, Value]) -> str:
     """Values on one line."""
-    return ", ".join(f"{name}={_text(value)}" for name, value in values.items())
+    return ", ".join(f"{name}={text_of(value)}" for name, value in values.items())

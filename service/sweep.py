@@ -15,10 +15,9 @@ import yaml
 
 from data.folder import Folder
 from data.schema import Manifest
-from service import population, study, tracking
+from service import population, study
 from service.cluster import RunError
 from service.config import ConfigError, RunConfig, ScalingConfig, config_yaml, with_values
-from service.environment import environment
 from service.files import (
     ATTEMPT_NAME,
     BEST_NAME,
@@ -38,6 +37,8 @@ from service.launch import base_payload, checkpoint_store, checkpoints_uri
 from service.record import Entry, Record, is_complete, summary, sweep_folder, sweep_table
 from service.search import Value
 from service.study import OBJECTIVE
+from service.sweep_page import page
+from service.sweep_runs import SweepRuns
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +75,12 @@ class Sweep:
         self.on_gpu = on_gpu
         self._variables = dict(variables)
         self._attempt = uuid.uuid4().hex
-        self._uri = tracking.tracking_uri(
-            Path(config.storage), environment()["MLFLOW_TRACKING_URI"]
-        )
+        self._runs = SweepRuns(config, manifest)
         self.record = Record(self._folder)
         begun = (entry for entry in self.record.all() if entry.state == "running")
         self._waiting = [entry for entry in begun if not entry.paused]
         self._running: dict[str, Entry] = {}
         self._lag = self.record.fixed.get("lag", LAG_PER_SLOT * slots)
-        self._logger: tracking.RunLogger | None = None
 
     @property
     def folder(self) -> Path:
@@ -116,11 +114,10 @@ class Sweep:
                 f"{fixed['data_digest'][:12]}, {self._data_folder} now has {digest[:12]}; take "
                 "another --name, or restore the data"
             )
-        params = {"search": self.config.search.model_dump(mode="json"), **self.config.resolved()}
-        run_id = self._open_run(self.config.name or "", params, {}, fixed.get("mlflow_run_id"))
+        self._runs.open(fixed.get("mlflow_run_id"))
         self.record.fixed = fixed or {
             "lag": self._lag,
-            "mlflow_run_id": run_id,
+            "mlflow_run_id": self._runs.run_id,
             "data_digest": digest,
             "data_folder": str(self._data_folder),
         }
@@ -130,51 +127,26 @@ class Sweep:
         events = read_history(self._folder / TRIALS_NAME)  # a last line that was cut off goes
         text = "".join(json.dumps(event, sort_keys=True) + "\n" for event in events)
         write_text(self._folder / TRIALS_NAME, text)
-        self._logger = tracking.RunLogger(self._uri, run_id)
         self._write({"event": "session", "slots": self.slots, "trials": self.num_trials}, began)
+        for entry in list(self._waiting):  # the last command was lost before it could end it
+            if entry.scores and self._prune(entry):
+                self._waiting.remove(entry)
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Write what the sweep leaves, and end its MLflow run."""
-        assert self._logger
         for entry in self.record.all():
             if entry.state == "running":
-                self._end_run(entry, "KILLED", {})
-        best = study.best(self.record.entries)
-        texts: dict[str, Path | str] = {CONFIG_NAME: self._folder / CONFIG_NAME}
-        if best:
+                self._runs.end_trial(entry, "KILLED", {})
+        names = [CONFIG_NAME, REPORT_NAME, RESULT_NAME, TRIALS_NAME]
+        if best := study.best(self.record.entries):
             write_text(self._folder / BEST_NAME, self._best_yaml(best))
-            texts[BEST_NAME] = self._folder / BEST_NAME
-            for entry in self.record.all():
-                is_best = {"best": "true" if entry is best else "false"}
-                tracking.set_tags(self._uri, entry.run_id, is_best)
-            tags = {
-                "best_trial": best.name,
-                "mlflow.note.content": (
-                    f"Best: **{best.name}**, {OBJECTIVE} {best.score or 0.0:.4f}, "
-                    f"{study.flat_values(best.values)}. Figures and tables: `{REPORT_NAME}` "
-                    "among the artifacts."
-                ),
-                **_texts(best.values),
-            }
-            tracking.set_tags(self._uri, self.record.fixed["mlflow_run_id"], tags)
+            names.append(BEST_NAME)
+            self._runs.mark(best, self.record.all())
         result = self.result()
-        write_text(self._folder / REPORT_NAME, report(self.config, self.record, result))
+        write_text(self._folder / REPORT_NAME, page(self.config.search, self.record, result))
         text = json.dumps(result, indent=2, sort_keys=True) + "\n"
         write_text(self._folder / RESULT_NAME, text)
-        self._logger.close()
-        tracking.finish_run(
-            self._uri,
-            self.record.fixed["mlflow_run_id"],
-            status,
-            metrics={k: v for k, v in result.items() if isinstance(v, int | float)},
-            figures=dict,
-            artifacts={
-                **texts,
-                REPORT_NAME: self._folder / REPORT_NAME,
-                RESULT_NAME: self._folder / RESULT_NAME,
-                TRIALS_NAME: self._folder / TRIALS_NAME,
-            },
-        )
+        self._runs.close(status, result, {name: self._folder / name for name in names})
 
     def next(self) -> tuple[str, Path] | Literal["wait", "done"]:
         """Name and folder of the trial to start now."""
@@ -209,7 +181,7 @@ class Sweep:
 
     def _begin(self, number: int, values: Mapping[str, Value], reseed: int) -> None:
         entry = Entry(number, dict(values), reseed=reseed)
-        run_id = self._open_trial(entry, None)
+        run_id = self._runs.open_trial(entry, self._trial_config(entry), None)
         self._write(
             {
                 "event": "begin",
@@ -234,8 +206,7 @@ class Sweep:
                     "trial %d goes on from trial %d (%s), generation %d",
                     *(entry.number, entry.donor, study.flat_values(entry.values), generation),
                 )
-                tag = f"from trial {entry.donor}: {study.flat_values(entry.values)}"
-                tracking.set_tags(self._uri, entry.run_id, {f"generation/{generation}": tag})
+                self._runs.new_generation(entry)
         shutil.rmtree(self._generations / str(generation - 2), ignore_errors=True)
 
     @property
@@ -252,35 +223,22 @@ class Sweep:
                 "memory or time than there is want a smaller search.space"
             )
 
-    def _open_trial(self, entry: Entry, run_id: str | None) -> str:
-        """Open a trial's MLflow run; returns its id."""
-        config = self._trial_config(entry)
-        tags = {
-            "mlflow.parentRunId": self.record.fixed["mlflow_run_id"],
-            "trial": str(entry.number),
-            "state": "running",
-            "run_folder": str(self._folder / entry.name),
-        }
-        if entry.reseed:
-            tags["reseed"] = str(entry.reseed)
-        return self._open_run(entry.name, config.resolved(), tags, run_id)
-
     def _prepare(self, entry: Entry) -> Path:
         """Write what the trial's process needs."""
         config = self._trial_config(entry)
         folder = self._folder / entry.name
         folder.mkdir(exist_ok=True)
         if (folder / RUN_NAME).exists():  # it goes on
-            self._open_trial(entry, entry.run_id)
+            self._runs.open_trial(entry, config, entry.run_id)
         about = {
             "mlflow_run_id": entry.run_id,
-            "mlflow_uri": self._uri,
+            "mlflow_uri": self._runs.uri,
             "data_folder": str(self._data_folder),
             "data_digest": self._manifest.digest,
         }
         payload = base_payload(config, self._manifest, self._data_folder) | {
             "run_folder": str(folder),
-            "tracking": {"uri": self._uri, "run_id": entry.run_id},
+            "tracking": {"uri": self._runs.uri, "run_id": entry.run_id},
             "attempt": self._attempt,
             "warmups": str(self._folder / "warmups") if config.search.share_warmup else None,
             "generation": self._generation(entry),
@@ -334,14 +292,16 @@ class Sweep:
         if "end" in report:
             self._take_end(entry, report)
             return False
+        return self._prune(entry)
+
+    def _prune(self, entry: Entry) -> bool:
+        """End a trial after its newest score if it is hopeless; returns whether it is."""
         search = self.config.search
-        if entry.reseed:
+        if entry.reseed or not study.is_hopeless(search, entry, self.record.entries, self._lag):
             return False
-        if study.is_hopeless(search, entry, self.record.entries, self._lag):
-            reason = f"{search.scheduler} after main-phase epoch {entry.epochs}"
-            self._end(entry, "pruned", reason, {})
-            return True
-        return False
+        reason = f"{search.scheduler} after main-phase epoch {entry.epochs}"
+        self._end(entry, "pruned", reason, {})
+        return True
 
     def _take_end(self, entry: Entry, report: Mapping[str, Any]) -> None:
         end, reason = report["end"], report.get("reason", "")
@@ -349,7 +309,7 @@ class Sweep:
             self._running.pop(entry.name, None)
         elif end == "stopped":
             self._running.pop(entry.name, None)
-            self._end_run(entry, "KILLED", {})
+            self._runs.end_trial(entry, "KILLED", {})
         elif end == "complete":
             self._leave_result(entry, report)
             self._end(entry, "complete", "", report["metrics"])
@@ -372,12 +332,11 @@ class Sweep:
         event = {"event": "end", "trial": entry.name, "state": state, "reason": reason}
         self._write(event)
         self._remove_checkpoints(entry)
-        self._end_run(entry, "FAILED" if state == "failed" else "FINISHED", metrics)
+        self._runs.end_trial(entry, "FAILED" if state == "failed" else "FINISHED", metrics)
         number = self.record.num_ended
         best = study.best(self.record.entries)
-        if best and self._logger and not entry.reseed:
-            score = {f"best/{OBJECTIVE}": best.score or 0.0}
-            self._logger.log(score, step=number, seconds=time.time())
+        if best and not entry.reseed:
+            self._runs.log_best(best.score or 0.0, number)
         score = "" if entry.score is None else f", {OBJECTIVE} {entry.score:.4f}"
         values = study.flat_values(entry.values)
         log.info(
@@ -424,7 +383,7 @@ class Sweep:
         """Flat summary of the sweep so far."""
         return summary(self.config, self.record, self._folder) | {
             "mlflow_run_id": self.record.fixed["mlflow_run_id"],
-            "mlflow_uri": self._uri,
+            "mlflow_uri": self._runs.uri,
         }
 
     def _best_yaml(self, best: Entry) -> str:
@@ -439,43 +398,6 @@ class Sweep:
         header = "".join(f"# {line}\n" for line in lines)
         return header + config_yaml(config)
 
-    def _open_run(
-        self, name: str, params: dict[str, Any], tags: dict[str, str], run_id: str | None
-    ) -> str:
-        manifest = self._manifest
-        return tracking.open_run(
-            self._uri,
-            Path(self.config.storage),
-            self.config.experiment,
-            name,
-            params=params,
-            tags={
-                "method": self.config.method,
-                "data": manifest.name,
-                "data_digest": manifest.digest,
-                "split": manifest.split_rule,
-                "sweep": self.config.name or "",
-                **tags,
-            },
-            dataset=tracking.DatasetInfo(manifest.name, manifest.digest, manifest.rows("train")),
-            run_id=run_id,
-        )
-
-    def _end_run(self, entry: Entry, status: tracking.Status, metrics: Mapping[str, float]) -> None:
-        reached = {"trial_seconds": entry.seconds}
-        if entry.score is not None:
-            reached[f"best/{OBJECTIVE}"] = entry.score
-        state = f"{entry.state}: {entry.reason}" if entry.reason else entry.state
-        tracking.set_tags(self._uri, entry.run_id, {"state": state[:500]})
-        tracking.finish_run(
-            self._uri,
-            entry.run_id,
-            status,
-            metrics=reached | {k: v for k, v in metrics.items() if not k.startswith("val/")},
-            figures=dict,
-            artifacts={},
-        )
-
     def _write(self, event: dict[str, Any], at: float | None = None) -> None:
         event["time"] = at or time.time()
         append_line(self._folder / TRIALS_NAME, json.dumps(event, sort_keys=True))
@@ -485,35 +407,3 @@ class Sweep:
 def trial_scaling(config: RunConfig) -> ScalingConfig:
     """The workers of one trial."""
     return config.scaling.model_copy(update={"num_workers": config.search.workers_per_trial})
-
-
-def report(config: RunConfig, record: Record, result: Mapping[str, Any]) -> str:
-    """The HTML page of a sweep: what was tried, how sure the best is, tables, figures."""
-    seeds = [(entry, scores) for entry, scores in record.over_seeds() if len(scores) > 1]
-    return study.page(config.search, record.entries, _facts(result), seeds)
-
-
-def _facts(result: Mapping[str, Any]) -> list[str]:
-    """What a reader of the best number has to know."""
-    lines = [
-        f"{result['trials']} configurations tried, {result['trials_complete']} trained to the end, "
-        f"{result['trials_pruned']} pruned, {result['trials_diverged']} diverged, "
-        f"{result['trials_failed']} failed; pruning saved {result['pruned_share']:.0%} of the "
-        "main-phase epochs"
-    ]
-    if result["warmup/forked_trials"]:
-        lines.append(
-            f"{result['warmup/forked_trials']} trials went on from a shared warm-up, which saved "
-            f"{result['warmup/saved_seconds']:.0f} s of training"
-        )
-    if "top/best_mean" in result:
-        lines.append(
-            f"The best of the search has {result[f'best/{OBJECTIVE}']:.4f}, over "
-            f"{result['top/seeds']} seeds {result['top/best_mean']:.4f}; the spread of the best "
-            f"trials over seeds is {result['top/std_over_seeds']:.4f}"
-        )
-    return lines
-
-
-def _texts(values: Mapping[str, Value]) -> dict[str, str]:
-    return {f"best/{name}": str(value) for name, value in values.items()}

@@ -16,7 +16,7 @@ ALLOWED = {
         *("service/trial.py", "service/tuner.py"),
         "data/pipeline.py",
     ),
-    "optuna": ("service/study.py",),
+    "optuna": ("service/study.py", "service/sweep_page.py"),
     "mlflow": ("service/tracking.py",),
     "torch.distributed": ("training/distributed.py",),
     "torch": (

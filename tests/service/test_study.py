@@ -1,6 +1,5 @@
 """What a sweep tries next and ends early: functions of its record, whatever the timing."""
 
-import re
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from service.study import (
     grid,
     is_hopeless,
     num_trials,
-    page,
     suggest,
 )
 
@@ -147,18 +145,6 @@ def test_median_waits_for_finished_trials():
     assert not is_hopeless(config, record(3, 0.1), others, 1)
     assert not is_hopeless(config, record(3, 0.05), others, 2)
     assert not is_hopeless(search(scheduler="none"), record(3, 0.0), others, 1)
-
-
-def test_page_has_the_figures_and_the_tables():
-    trials = swept(search(), 6)
-    text = page(search(), trials, ["6 < 7"], [(trials[0], [0.5, 0.25])])
-    for name in ("Optimization History", "Parallel Coordinate", "Importances", "Contour"):
-        assert name in text
-    assert "<td>complete</td>" in text
-    assert "<p>6 &lt; 7.</p>" in text
-    assert "<td>0.3750</td><td>0.1768</td><td>0.5000, 0.2500</td>" in text
-    assert not re.search(r"<script[^>]* src=", text)  # nothing to fetch
-    assert page(search(), [], [], [])
 
 
 @pytest.mark.parametrize(

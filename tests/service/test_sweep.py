@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from service.files import (
 from service.plan import manifest_of
 from service.record import Record, check_same, is_sweep, stored_config, summary, sweep_table
 from service.sweep import Sweep
+from service.sweep_page import page
 from service.tune import extended, make_plan, slots
 
 MANIFEST = manifest_of(load_preset("digits"))
@@ -153,6 +156,38 @@ def test_the_best_are_trained_again_with_another_seed(unbroken: tuple[RunConfig,
     page = (Path(wanted.storage) / "s" / REPORT_NAME).read_text()
     assert "10 configurations tried" in page
     assert "over 2 seeds" in page
+
+
+def test_the_page_has_figures_and_tables_and_fetches_nothing(
+    unbroken: tuple[RunConfig, Record], tmp_path: Path
+):
+    wanted, record = unbroken
+    text = (Path(wanted.storage) / "s" / REPORT_NAME).read_text()
+    for name in ("Optimization History", "Parallel Coordinate", "Importances", "Contour"):
+        assert name in text
+    assert text.count("<td>complete</td>") == sum(e.state == "complete" for e in record.entries)
+    best, scores = record.over_seeds()[0]
+    assert f"<td>{best.number}</td><td>2</td><td>{sum(scores) / 2:.4f}</td>" in text
+    assert not re.search(r"<script[^>]* src=", text)
+    nothing = Record(tmp_path)
+    assert page(wanted.search, nothing, summary(wanted, nothing, tmp_path))
+
+
+def test_a_trial_that_was_to_be_ended_is_ended_by_the_next_command(
+    unbroken: tuple[RunConfig, Record], tmp_path: Path
+):
+    """The driver is lost between a score and the end that follows from it."""
+    events = read_history(Path(unbroken[0].storage) / "s" / TRIALS_NAME)
+    last = next(i for i, e in enumerate(events) if e.get("state") == "pruned")
+    wanted = config(tmp_path)
+    folder = tmp_path / "s"
+    shutil.copytree(Path(unbroken[0].storage) / "s", folder)
+    shutil.copy(Path(unbroken[0].storage) / "mlflow.db", tmp_path)
+    lines = [json.dumps(event) + "\n" for event in events[:last]]
+    (folder / TRIALS_NAME).write_text("".join(lines))
+    player = Player(wanted, order=3)
+    assert player.sweep.record.named(events[last]["trial"]).state == "pruned"
+    assert outcome(player.run()) == outcome(unbroken[1])
 
 
 def test_a_population_goes_on_from_its_best_whatever_is_faster(tmp_path: Path):

@@ -1,0 +1,129 @@
+"""A sweep in MLflow: its run, and one inside it for every trial."""
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.schema import Manifest
+from service import study, tracking
+from service.config import RunConfig
+from service.environment import environment
+from service.files import REPORT_NAME
+from service.record import Entry
+from service.study import OBJECTIVE
+
+
+class SweepRuns:
+    """The MLflow runs of a sweep.
+
+    Attributes:
+        uri: of the store.
+        run_id: of the sweep's own run, once it is open.
+    """
+
+    def __init__(self, config: RunConfig, manifest: Manifest):
+        self._config = config
+        self._manifest = manifest
+        storage = Path(config.storage)
+        self.uri = tracking.tracking_uri(storage, environment()["MLFLOW_TRACKING_URI"])
+        self.run_id = ""
+        self._logger: tracking.RunLogger | None = None
+
+    def open(self, run_id: str | None) -> None:
+        """Open the run of the sweep, a new one for None.
+
+        Raises:
+            ConfigError: the store cannot be used.
+        """
+        search = self._config.search.model_dump(mode="json")
+        params = {"search": search, **self._config.resolved()}
+        self.run_id = self._open(self._config.name or "", params, {}, run_id)
+        self._logger = tracking.RunLogger(self.uri, self.run_id)
+
+    def open_trial(self, entry: Entry, config: RunConfig, run_id: str | None) -> str:
+        """Open a trial's run, a new one for None; returns its id."""
+        tags = {
+            "mlflow.parentRunId": self.run_id,
+            "trial": str(entry.number),
+            "state": "running",
+            "run_folder": f"{config.storage}/{config.name}",
+        }
+        if entry.reseed:
+            tags["reseed"] = str(entry.reseed)
+        return self._open(entry.name, config.resolved(), tags, run_id)
+
+    def _open(
+        self, name: str, params: dict[str, Any], tags: dict[str, str], run_id: str | None
+    ) -> str:
+        manifest = self._manifest
+        return tracking.open_run(
+            self.uri,
+            Path(self._config.storage),
+            self._config.experiment,
+            name,
+            params=params,
+            tags={
+                "method": self._config.method,
+                "data": manifest.name,
+                "data_digest": manifest.digest,
+                "split": manifest.split_rule,
+                "sweep": self._config.name or "",
+                **tags,
+            },
+            dataset=tracking.DatasetInfo(manifest.name, manifest.digest, manifest.rows("train")),
+            run_id=run_id,
+        )
+
+    def new_generation(self, entry: Entry) -> None:
+        """Note from which trial one goes on."""
+        tag = f"from trial {entry.donor}: {study.flat_values(entry.values)}"
+        tracking.set_tags(self.uri, entry.run_id, {f"generation/{entry.generation}": tag})
+
+    def log_best(self, score: float, ended: int) -> None:
+        """Log the best score after so many trials."""
+        if self._logger:
+            self._logger.log({f"best/{OBJECTIVE}": score}, step=ended, seconds=time.time())
+
+    def end_trial(
+        self, entry: Entry, status: tracking.Status, metrics: Mapping[str, float]
+    ) -> None:
+        """End a trial's run, with its state as a tag."""
+        reached = {"trial_seconds": entry.seconds}
+        if entry.score is not None:
+            reached[f"best/{OBJECTIVE}"] = entry.score
+        state = f"{entry.state}: {entry.reason}" if entry.reason else entry.state
+        tracking.set_tags(self.uri, entry.run_id, {"state": state[:500]})
+        tracking.finish_run(
+            self.uri,
+            entry.run_id,
+            status,
+            metrics=reached | {k: v for k, v in metrics.items() if not k.startswith("val/")},
+            figures=dict,
+            artifacts={},
+        )
+
+    def mark(self, best: Entry, entries: Iterable[Entry]) -> None:
+        """Mark the best trial, and name it in the sweep's run."""
+        for entry in entries:
+            is_best = {"best": "true" if entry is best else "false"}
+            tracking.set_tags(self.uri, entry.run_id, is_best)
+        values = study.flat_values(best.values)
+        note = f"Best: **{best.name}**, {OBJECTIVE} {best.score or 0.0:.4f}, {values}. Figures and"
+        tags = {
+            "best_trial": best.name,
+            "mlflow.note.content": f"{note} tables: `{REPORT_NAME}` among the artifacts.",
+            **{f"best/{name}": str(value) for name, value in best.values.items()},
+        }
+        tracking.set_tags(self.uri, self.run_id, tags)
+
+    def close(
+        self, status: tracking.Status, result: Mapping[str, Any], artifacts: dict[str, Path | str]
+    ) -> None:
+        """End the sweep's run."""
+        assert self._logger
+        self._logger.close()
+        numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
+        tracking.finish_run(
+            self.uri, self.run_id, status, metrics=numbers, figures=dict, artifacts=artifacts
+        )
