@@ -36,6 +36,7 @@ from service.files import (
 )
 from service.launch import base_payload, checkpoint_store, checkpoints_uri
 from service.record import Entry, Record, is_complete, summary, sweep_folder, sweep_table
+from service.redaction import redact
 from service.search import Value
 from service.study import OBJECTIVE
 
@@ -117,7 +118,8 @@ class Sweep:
                 "another --name, or restore the data"
             )
         params = {"search": self.config.search.model_dump(mode="json"), **self.config.resolved()}
-        run_id = self._open_run(self.config.name or "", params, {}, fixed.get("mlflow_run_id"))
+        name, known = self.config.name or "", fixed.get("mlflow_run_id")
+        run_id = self._open_run(name, self._folder, params, {}, known)
         self.record.fixed = fixed or {
             "lag": self._lag,
             "mlflow_run_id": run_id,
@@ -130,12 +132,13 @@ class Sweep:
         events = read_history(self._folder / TRIALS_NAME)  # a last line that was cut off goes
         text = "".join(json.dumps(event, sort_keys=True) + "\n" for event in events)
         write_text(self._folder / TRIALS_NAME, text)
-        self._logger = tracking.RunLogger(self._uri, run_id)
+        self._logger = tracking.RunLogger(self._uri, self._folder)
         self._write({"event": "session", "slots": self.slots, "trials": self.num_trials}, began)
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Write what the sweep leaves, and end its MLflow run."""
         assert self._logger
+        self._logger.close()  # first: trials name this run
         for entry in self.record.all():
             if entry.state == "running":
                 self._end_run(entry, "KILLED", {})
@@ -146,7 +149,7 @@ class Sweep:
             texts[BEST_NAME] = self._folder / BEST_NAME
             for entry in self.record.all():
                 is_best = {"best": "true" if entry is best else "false"}
-                tracking.set_tags(self._uri, entry.run_id, is_best)
+                tracking.set_tags(self._uri, self._folder / entry.name, is_best)
             tags = {
                 "best_trial": best.name,
                 "mlflow.note.content": (
@@ -156,15 +159,14 @@ class Sweep:
                 ),
                 **_texts(best.values),
             }
-            tracking.set_tags(self._uri, self.record.fixed["mlflow_run_id"], tags)
+            tracking.set_tags(self._uri, self._folder, tags)
         result = self.result()
         write_text(self._folder / REPORT_NAME, report(self.config, self.record, result))
         text = json.dumps(result, indent=2, sort_keys=True) + "\n"
         write_text(self._folder / RESULT_NAME, text)
-        self._logger.close()
         tracking.finish_run(
             self._uri,
-            self.record.fixed["mlflow_run_id"],
+            self._folder,
             status,
             metrics={k: v for k, v in result.items() if isinstance(v, int | float)},
             figures=dict,
@@ -235,7 +237,8 @@ class Sweep:
                     *(entry.number, entry.donor, study.flat_values(entry.values), generation),
                 )
                 tag = f"from trial {entry.donor}: {study.flat_values(entry.values)}"
-                tracking.set_tags(self._uri, entry.run_id, {f"generation/{generation}": tag})
+                tags = {f"generation/{generation}": tag}
+                tracking.set_tags(self._uri, self._folder / entry.name, tags)
         shutil.rmtree(self._generations / str(generation - 2), ignore_errors=True)
 
     @property
@@ -256,14 +259,15 @@ class Sweep:
         """Open a trial's MLflow run; returns its id."""
         config = self._trial_config(entry)
         tags = {
-            "mlflow.parentRunId": self.record.fixed["mlflow_run_id"],
             "trial": str(entry.number),
             "state": "running",
             "run_folder": str(self._folder / entry.name),
         }
         if entry.reseed:
             tags["reseed"] = str(entry.reseed)
-        return self._open_run(entry.name, config.resolved(), tags, run_id)
+        return self._open_run(
+            entry.name, self._folder / entry.name, config.resolved(), tags, run_id
+        )
 
     def _prepare(self, entry: Entry) -> Path:
         """Write what the trial's process needs."""
@@ -274,13 +278,13 @@ class Sweep:
             self._open_trial(entry, entry.run_id)
         about = {
             "mlflow_run_id": entry.run_id,
-            "mlflow_uri": self._uri,
+            "mlflow_uri": redact(self._uri),
             "data_folder": str(self._data_folder),
             "data_digest": self._manifest.digest,
         }
         payload = base_payload(config, self._manifest, self._data_folder) | {
             "run_folder": str(folder),
-            "tracking": {"uri": self._uri, "run_id": entry.run_id},
+            "tracking": tracking.for_workers(self._uri),
             "attempt": self._attempt,
             "warmups": str(self._folder / "warmups") if config.search.share_warmup else None,
             "generation": self._generation(entry),
@@ -423,8 +427,8 @@ class Sweep:
     def result(self) -> dict[str, Any]:
         """Flat summary of the sweep so far."""
         return summary(self.config, self.record, self._folder) | {
-            "mlflow_run_id": self.record.fixed["mlflow_run_id"],
-            "mlflow_uri": self._uri,
+            "mlflow_run_id": tracking.run_id(self._folder),
+            "mlflow_uri": redact(self._uri),
         }
 
     def _best_yaml(self, best: Entry) -> str:
@@ -440,11 +444,17 @@ class Sweep:
         return header + config_yaml(config)
 
     def _open_run(
-        self, name: str, params: dict[str, Any], tags: dict[str, str], run_id: str | None
+        self,
+        name: str,
+        folder: Path,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        run_id: str | None,
     ) -> str:
         manifest = self._manifest
         return tracking.open_run(
             self._uri,
+            folder,
             Path(self.config.storage),
             self.config.experiment,
             name,
@@ -458,7 +468,8 @@ class Sweep:
                 **tags,
             },
             dataset=tracking.DatasetInfo(manifest.name, manifest.digest, manifest.rows("train")),
-            run_id=run_id,
+            run_id=run_id or None,
+            parent=self._folder if folder != self._folder else None,
         )
 
     def _end_run(self, entry: Entry, status: tracking.Status, metrics: Mapping[str, float]) -> None:
@@ -466,14 +477,15 @@ class Sweep:
         if entry.score is not None:
             reached[f"best/{OBJECTIVE}"] = entry.score
         state = f"{entry.state}: {entry.reason}" if entry.reason else entry.state
-        tracking.set_tags(self._uri, entry.run_id, {"state": state[:500]})
+        tracking.set_tags(self._uri, self._folder / entry.name, {"state": state[:500]})
         tracking.finish_run(
             self._uri,
-            entry.run_id,
+            self._folder / entry.name,
             status,
             metrics=reached | {k: v for k, v in metrics.items() if not k.startswith("val/")},
             figures=dict,
             artifacts={},
+            patience=0.0,
         )
 
     def _write(self, event: dict[str, Any], at: float | None = None) -> None:
