@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +26,7 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
   midas bench digits                      how fast it trains here, and what limits it
   midas verify RUN                        take its last steps again and compare
   midas ui                                look at the runs
+  midas doctor                            is this machine fit for it, and is it safe
 """
 
 
@@ -50,7 +50,7 @@ def command() -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `midas` command; returns the exit code."""
     args, rest = _parser().parse_known_args(_with_preset(sys.argv[1:] if argv is None else argv))
-    if rest and args.verb in ("ui", "evaluate", "verify"):
+    if rest and args.verb in ("ui", "evaluate", "verify", "sync", "migrate", "doctor"):
         _parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
     from service.console import Console
     from service.environment import configure_ray
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         from service.config import ConfigError
 
         if args.debug:
-            traceback.print_exc()
+            console.trace(error)
         expected = isinstance(error, DataError | ConfigError | RunError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else "; this is unexpected, --debug shows where it happened"
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.json:
         console.json_line(result)
-    return int(any(result.get(name) is False for name in ("verify/equal", "chaos/recovered")))
+    failures = ("verify/equal", "chaos/recovered", "doctor/ok", "sync/complete")
+    return int(any(result.get(name) is False for name in failures))
 
 
 def _with_preset(argv: list[str]) -> list[str]:
@@ -182,7 +183,21 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
     ui = verb("ui", "open the MLflow UI on this machine", preset=False)
     ui.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
-    ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
+    ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+    ui.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default: 127.0.0.1); others only with MLflow's login set up",
+    )
+    sync = verb("sync", "send MLflow what it missed of the runs", preset=False)
+    sync.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
+    migrate = verb("migrate", "copy the MLflow file into PostgreSQL", preset=False)
+    migrate.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
+    doctor = verb("doctor", "check this machine, and say what to do", preset=False)
+    doctor.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
+    doctor.add_argument(
+        "--security", action="store_true", help="list what is open, and to whom; check nothing else"
+    )
     return parser
 
 
@@ -388,9 +403,46 @@ def _ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[s
     from service.environment import environment
 
     uri = tracking.tracking_uri(Path(args.storage), environment()["MLFLOW_TRACKING_URI"])
-    command, env = tracking.ui_command(uri, "127.0.0.1", args.port)
-    console.status(f"MLflow UI of {uri}: http://127.0.0.1:{args.port} (Ctrl-C ends it)")
+    command, env = tracking.ui_command(uri, args.host, args.port)
+    console.status(f"MLflow UI of {uri}: http://{args.host}:{args.port} (Ctrl-C ends it)")
     os.execvpe(command[0], command, {**os.environ, **env})
+
+
+def _sync(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import tracking
+    from service.environment import environment
+
+    uri = tracking.tracking_uri(Path(args.storage), environment()["MLFLOW_TRACKING_URI"])
+    folders = tracking.unsent(Path(args.storage))
+    sent = left = 0
+    for folder in folders:
+        done, rest_of_it = tracking.sync(uri, folder)
+        sent, left = sent + done, left + rest_of_it
+        state = f"{rest_of_it} left" if rest_of_it else "complete"
+        console.status(f"{folder.name}: {done} events sent, {state}")
+    console.status(f"{len(folders)} runs had something to send to {uri}")
+    return {"sync/runs": len(folders), "sync/sent": sent, "sync/left": left} | {
+        "sync/complete": left == 0
+    }
+
+
+def _migrate(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import migration
+
+    console.status(f"copying {args.storage}/mlflow.db")
+    counts = migration.migrate(Path(args.storage))
+    runs, metrics = counts["runs"], counts["metrics"]
+    console.status(f"{runs} runs and {metrics} metrics are in the new store, counts are equal")
+    return {f"rows/{table}": count for table, count in counts.items()}
+
+
+def _doctor(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import doctor, exposure
+
+    look = exposure.exposure if args.security else doctor.examine
+    findings = look(Path(args.storage))
+    console.findings(findings)
+    return doctor.summary(findings)
 
 
 VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, Any]]] = {
@@ -402,6 +454,9 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, 
     "evaluate": _evaluate,
     "verify": _verify,
     "ui": _ui,
+    "sync": _sync,
+    "migrate": _migrate,
+    "doctor": _doctor,
 }
 
 if __name__ == "__main__":

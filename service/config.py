@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
+from service.redaction import has_credentials, redact
 from service.search import CHANGEABLE, SearchConfig, Value, changeable
 from training.config import MidasConfig, ModelConfig, OgmGeConfig, OptimConfig
 
@@ -195,8 +196,18 @@ def check(config: RunConfig) -> None:
 
     Raises:
         ConfigError: batch, lanes, workers, micro-batches, pair groups, exchange of gradients or
-            phases do not fit together.
+            phases do not fit together, or there is a password in an address.
     """
+    for name, place in (
+        ("checkpoint.storage", config.checkpoint.storage),
+        ("data.storage", config.data.storage),
+    ):
+        if place and has_credentials(place):
+            raise ConfigError(
+                f"{name}={redact(place)} holds a password, and settings are written to files and to "
+                "MLflow; put it into the environment (for S3 AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY) or into the file that the store's client reads"
+            )
     workers, batch, lanes = (
         config.scaling.max_workers,
         config.train.global_batch_size,

@@ -14,10 +14,11 @@ import math
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 import rich.console
 import rich.progress
@@ -26,8 +27,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from service.redaction import RedactedStream, redact
+
 if TYPE_CHECKING:
     from data.prepare import PrepareReport
+    from service.doctor import Finding
     from service.launch import RunOutcome
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ RESULT_ROWS = {
     "zero_out_accuracy": "zero-out accuracy",
 }
 
+FINDING_MARKS = {"ok": ("ok", "green"), "warn": ("note", "yellow"), "fix": ("FIX", "bold red")}
 CHAOS_COLUMNS = ("seconds_to_first_new_step", "steps_replayed")
 
 # "phase", "epoch" (0-based), "num_epochs", "step" (done in this epoch), "steps_per_epoch" and,
@@ -53,13 +58,17 @@ Progress = Mapping[str, Any]
 
 
 class Console:
-    """The terminal of one command; the streams are arguments for tests."""
+    """The terminal of one command; the streams are arguments for tests.
+
+    Secrets are hidden in all that it writes.
+    """
 
     def __init__(
         self, json_mode: bool, stdout: TextIO | None = None, stderr: TextIO | None = None
     ) -> None:
-        self._stdout = stdout or sys.stdout
-        self.err = rich.console.Console(file=stderr or sys.stderr, highlight=False)
+        self._stdout = cast(TextIO, RedactedStream(stdout or sys.stdout))
+        self._stderr = cast(TextIO, RedactedStream(stderr or sys.stderr))
+        self.err = rich.console.Console(file=self._stderr, highlight=False)
         self.out = rich.console.Console(file=self._stdout, highlight=False)
         if json_mode:
             self.out = self.err
@@ -260,10 +269,26 @@ class Console:
         order = "equal" if report["chaos/order_equal"] else "different"
         self._places({"weights": f"{weights} (final, against the unbroken run)", "order": order})
 
+    def findings(self, findings: Sequence[Finding]) -> None:
+        """Prints what was found on this machine, one line each, and what to do."""
+        for finding in findings:
+            mark, style = FINDING_MARKS[finding.state]
+            line = Text.assemble((f"{mark:<5}", style), (finding.name, "bold"), "  ", finding.found)
+            self.out.print(line, soft_wrap=True)
+            if finding.remedy:
+                self.out.print(Text(f"     -> {finding.remedy}", style), soft_wrap=True)
+        states = [finding.state for finding in findings]
+        counts = f"{states.count('fix')} to fix, {states.count('warn')} to know about"
+        self.out.print(Text(f"{len(findings)} checks: {counts}", "bold"))
+
     def error_panel(self, message: str) -> None:
         """Prints one paragraph in red on stderr."""
-        paragraph = Text.assemble(("Error: ", "bold red"), (message, "red"))
+        paragraph = Text.assemble(("Error: ", "bold red"), (redact(message), "red"))
         self.err.print(paragraph, soft_wrap=not self.err.is_terminal)
+
+    def trace(self, error: BaseException) -> None:
+        """Prints where an error happened."""
+        self._stderr.write("".join(traceback.format_exception(error)))
 
     def json_line(self, values: Mapping[str, float | int | str | bool | None]) -> None:
         """Prints one flat JSON object on stdout: the last thing a command writes there."""

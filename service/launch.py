@@ -49,6 +49,7 @@ from service.files import (
     read_json,
     write_text,
 )
+from service.redaction import redact
 
 if TYPE_CHECKING:
     from service.faults import Fault
@@ -151,6 +152,7 @@ def finished(config: RunConfig) -> RunOutcome | None:
     if changed:  # it failed before its first checkpoint: there is nothing to continue
         for name in (RUN_NAME, HISTORY_NAME):
             (folder / name).unlink(missing_ok=True)
+        tracking.forget(folder)
     result = read_json(folder / RESULT_NAME)
     return RunOutcome(folder, result, finished_before=True) if result else None
 
@@ -255,7 +257,7 @@ class _Run:
         """Arguments of `train_worker`."""
         return base_payload(self._config, self._manifest, self._data_folder) | {
             "run_folder": str(self._folder),
-            "tracking": {"uri": self._uri, "run_id": self._run_id},
+            "tracking": tracking.for_workers(self._uri),
             "faults": self._faults,
             "attempt": self.attempt,
         }
@@ -281,10 +283,11 @@ class _Run:
         if returned["lost_metrics"]:
             log.warning(
                 "MLflow at %s did not take %d metrics; %s has them all",
-                self._uri,
+                redact(self._uri),
                 returned["lost_metrics"],
                 self._folder / HISTORY_NAME,
             )
+        self._run_id = self._run_id or tracking.run_id(self._folder)
         self.result = {
             **returned["metrics"],
             "name": self._config.name,
@@ -297,7 +300,7 @@ class _Run:
             "data_digest": self._manifest.digest,
             "split": self._manifest.split_rule,
             "mlflow_run_id": self._run_id,
-            "mlflow_uri": self._uri,
+            "mlflow_uri": redact(self._uri),
             "seconds": seconds,
         }
         text = json.dumps(self.result, indent=2, sort_keys=True)
@@ -314,6 +317,7 @@ class _Run:
             )
         self._run_id = tracking.open_run(
             self._uri,
+            self._folder,
             Path(self._config.storage),
             self._config.experiment,
             self._config.name or "",
@@ -326,11 +330,11 @@ class _Run:
                 "run_folder": str(self._folder),
             },
             dataset=tracking.DatasetInfo(self._manifest.name, digest, self._manifest.rows("train")),
-            run_id=known.get("mlflow_run_id"),
+            run_id=known.get("mlflow_run_id") or None,
         )
         about = {
             "mlflow_run_id": self._run_id,
-            "mlflow_uri": self._uri,
+            "mlflow_uri": redact(self._uri),
             "data_folder": str(self._data_folder),
             "data_digest": digest,
         }
@@ -341,7 +345,7 @@ class _Run:
         folder, best = self._folder, self.result.get("checkpoint")
         tracking.finish_run(
             self._uri,
-            self._run_id,
+            folder,
             status,
             metrics={  # val/... has its values per epoch already
                 name: value

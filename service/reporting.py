@@ -30,13 +30,12 @@ class Reporter:
     """Rank 0's files and MLflow metrics.
 
     An epoch is recorded once in the life of a run: a restarted run that goes through it again, and
-    computes the same, records nothing. So the history has one row per epoch and MLflow one point;
-    it ignores a metric that it has with the same step, time and value, and a restart sends all
-    again. Storage that is away holds up neither training nor later rows.
+    computes the same, records nothing. So the history has one row per epoch and MLflow one point.
+    Storage or MLflow that is away holds up neither training nor later rows.
 
     Args:
         folder: run folder, on shared storage.
-        tracking: arguments of RunLogger.
+        tracking: arguments of RunLogger, but the folder.
     """
 
     def __init__(self, config: RunConfig, order: Order, folder: Path, tracking: dict[str, Any]):
@@ -46,12 +45,12 @@ class Reporter:
         self._shown = 0.0
         self._record: dict[str, Any] = {}
         self._gpu_percent: list[float] = []
-        self._logger = RunLogger(**tracking)
+        self._logger = RunLogger(folder=folder, **tracking)
         rows = read_history(folder / HISTORY_NAME)
         self._recorded = {int(row["epoch"]) for row in rows}
         self._unwritten: list[dict[str, float]] = []
         write_text(folder / HISTORY_NAME, "".join(map(_line, rows)))  # a cut last line goes
-        # The process may have ended before MLflow had them.
+        # The process may have ended before it was passed on; or the rows are another trial's.
         self._logger.log_many((row, int(row["epoch"]), row["time"]) for row in rows)
 
     def step(self, position: Position) -> None:
@@ -85,7 +84,7 @@ class Reporter:
     def close(self) -> int:
         """Send what is still to be sent to MLflow; returns how many metrics it did not take."""
         self._write()
-        return self._logger.close() + self._logger.num_dropped
+        return self._logger.close()
 
     def _watch_gpu(self) -> None:
         percent = gpu_utilization()

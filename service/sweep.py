@@ -35,6 +35,7 @@ from service.files import (
 )
 from service.launch import base_payload, checkpoint_store, checkpoints_uri
 from service.record import Entry, Record, is_complete, summary, sweep_folder, sweep_table
+from service.redaction import redact
 from service.search import Value
 from service.study import OBJECTIVE
 from service.sweep_page import page
@@ -134,6 +135,7 @@ class Sweep:
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Write what the sweep leaves, and end its MLflow run."""
+        self._runs.settle()
         for entry in self.record.all():
             if entry.state == "running":
                 self._runs.end_trial(entry, "KILLED", {})
@@ -232,13 +234,13 @@ class Sweep:
             self._runs.open_trial(entry, config, entry.run_id)
         about = {
             "mlflow_run_id": entry.run_id,
-            "mlflow_uri": self._runs.uri,
+            "mlflow_uri": redact(self._runs.uri),
             "data_folder": str(self._data_folder),
             "data_digest": self._manifest.digest,
         }
         payload = base_payload(config, self._manifest, self._data_folder) | {
             "run_folder": str(folder),
-            "tracking": {"uri": self._runs.uri, "run_id": entry.run_id},
+            "tracking": tracking.for_workers(self._runs.uri),
             "attempt": self._attempt,
             "warmups": str(self._folder / "warmups") if config.search.share_warmup else None,
             "generation": self._generation(entry),
@@ -382,8 +384,8 @@ class Sweep:
     def result(self) -> dict[str, Any]:
         """Flat summary of the sweep so far."""
         return summary(self.config, self.record, self._folder) | {
-            "mlflow_run_id": self.record.fixed["mlflow_run_id"],
-            "mlflow_uri": self._runs.uri,
+            "mlflow_run_id": self._runs.run_id,
+            "mlflow_uri": redact(self._runs.uri),
         }
 
     def _best_yaml(self, best: Entry) -> str:

@@ -10,16 +10,15 @@ from service import study, tracking
 from service.config import RunConfig
 from service.environment import environment
 from service.files import REPORT_NAME
-from service.record import Entry
+from service.record import Entry, sweep_folder
 from service.study import OBJECTIVE
 
 
 class SweepRuns:
-    """The MLflow runs of a sweep.
+    """The MLflow runs of a sweep; what MLflow does not have yet is in their folders.
 
     Attributes:
         uri: of the store.
-        run_id: of the sweep's own run, once it is open.
     """
 
     def __init__(self, config: RunConfig, manifest: Manifest):
@@ -27,8 +26,13 @@ class SweepRuns:
         self._manifest = manifest
         storage = Path(config.storage)
         self.uri = tracking.tracking_uri(storage, environment()["MLFLOW_TRACKING_URI"])
-        self.run_id = ""
+        self._folder = sweep_folder(config)
         self._logger: tracking.RunLogger | None = None
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the sweep's own run; empty until MLflow has made it."""
+        return tracking.run_id(self._folder)
 
     def open(self, run_id: str | None) -> None:
         """Open the run of the sweep, a new one for None.
@@ -38,30 +42,30 @@ class SweepRuns:
         """
         search = self._config.search.model_dump(mode="json")
         params = {"search": search, **self._config.resolved()}
-        self.run_id = self._open(self._config.name or "", params, {}, run_id)
-        self._logger = tracking.RunLogger(self.uri, self.run_id)
+        self._open(self._folder, params, {}, run_id)
+        self._logger = tracking.RunLogger(self.uri, self._folder)
 
     def open_trial(self, entry: Entry, config: RunConfig, run_id: str | None) -> str:
         """Open a trial's run, a new one for None; returns its id."""
         tags = {
-            "mlflow.parentRunId": self.run_id,
             "trial": str(entry.number),
             "state": "running",
             "run_folder": f"{config.storage}/{config.name}",
         }
         if entry.reseed:
             tags["reseed"] = str(entry.reseed)
-        return self._open(entry.name, config.resolved(), tags, run_id)
+        return self._open(self._folder / entry.name, config.resolved(), tags, run_id)
 
     def _open(
-        self, name: str, params: dict[str, Any], tags: dict[str, str], run_id: str | None
+        self, folder: Path, params: dict[str, Any], tags: dict[str, str], run_id: str | None
     ) -> str:
         manifest = self._manifest
         return tracking.open_run(
             self.uri,
+            folder,
             Path(self._config.storage),
             self._config.experiment,
-            name,
+            folder.name,
             params=params,
             tags={
                 "method": self._config.method,
@@ -72,13 +76,19 @@ class SweepRuns:
                 **tags,
             },
             dataset=tracking.DatasetInfo(manifest.name, manifest.digest, manifest.rows("train")),
-            run_id=run_id,
+            run_id=run_id or None,
+            parent=self._folder if folder != self._folder else None,
         )
+
+    def settle(self) -> None:
+        """Send what the sweep's run still has, so that the ends of trials find it."""
+        assert self._logger
+        self._logger.close()
 
     def new_generation(self, entry: Entry) -> None:
         """Note from which trial one goes on."""
         tag = f"from trial {entry.donor}: {study.flat_values(entry.values)}"
-        tracking.set_tags(self.uri, entry.run_id, {f"generation/{entry.generation}": tag})
+        tracking.set_tags(self.uri, self._folder / entry.name, {f"generation/{entry.generation}": tag})
 
     def log_best(self, score: float, ended: int) -> None:
         """Log the best score after so many trials."""
@@ -93,21 +103,22 @@ class SweepRuns:
         if entry.score is not None:
             reached[f"best/{OBJECTIVE}"] = entry.score
         state = f"{entry.state}: {entry.reason}" if entry.reason else entry.state
-        tracking.set_tags(self.uri, entry.run_id, {"state": state[:500]})
+        tracking.set_tags(self.uri, self._folder / entry.name, {"state": state[:500]})
         tracking.finish_run(
             self.uri,
-            entry.run_id,
+            self._folder / entry.name,
             status,
             metrics=reached | {k: v for k, v in metrics.items() if not k.startswith("val/")},
             figures=dict,
             artifacts={},
+            patience=0.0,
         )
 
     def mark(self, best: Entry, entries: Iterable[Entry]) -> None:
         """Mark the best trial, and name it in the sweep's run."""
         for entry in entries:
             is_best = {"best": "true" if entry is best else "false"}
-            tracking.set_tags(self.uri, entry.run_id, is_best)
+            tracking.set_tags(self.uri, self._folder / entry.name, is_best)
         values = study.flat_values(best.values)
         note = f"Best: **{best.name}**, {OBJECTIVE} {best.score or 0.0:.4f}, {values}. Figures and"
         tags = {
@@ -115,15 +126,13 @@ class SweepRuns:
             "mlflow.note.content": f"{note} tables: `{REPORT_NAME}` among the artifacts.",
             **{f"best/{name}": str(value) for name, value in best.values.items()},
         }
-        tracking.set_tags(self.uri, self.run_id, tags)
+        tracking.set_tags(self.uri, self._folder, tags)
 
     def close(
         self, status: tracking.Status, result: Mapping[str, Any], artifacts: dict[str, Path | str]
     ) -> None:
         """End the sweep's run."""
-        assert self._logger
-        self._logger.close()
         numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
         tracking.finish_run(
-            self.uri, self.run_id, status, metrics=numbers, figures=dict, artifacts=artifacts
+            self.uri, self._folder, status, metrics=numbers, figures=dict, artifacts=artifacts
         )

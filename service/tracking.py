@@ -1,27 +1,43 @@
 """MLflow: opening, feeding and closing the record of a run, and the command that shows it.
 
 The only file that imports mlflow, and only inside functions: the import takes over a second. It
-uses `MlflowClient` with explicit run ids, never the fluent API with its global active run. What a
-run needs in order to go on (checkpoints, progress) is not kept here: losing MLflow loses curves.
+uses `MlflowClient` with explicit run ids, never the fluent API with its global active run.
+
+All that MLflow is told about a run goes through the outbox of its folder (service/outbox.py): it is
+written there first, and sent from there, by whoever can. So MLflow may be slow or away at any time.
+Everything may be sent twice: MLflow ignores a metric that it holds (same key, step, timestamp and
+value), and a run carries a key of ours, by which it is found again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import ipaddress
+import itertools
 import json
 import logging
 import math
+import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from service.outbox import EVENTS_NAME, Due, Outbox
+from service.redaction import has_credentials, redact, redacted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +48,30 @@ SERVERS = ("http://", "https://")
 MAX_PARAM_CHARACTERS = 6000
 MAX_DIGEST_CHARACTERS = 32  # MLflow allows 36
 PARAMS_PER_BATCH = 100
-METRICS_PER_BATCH = 1000
-# Waiting this many times as long as a failed attempt took bounds the time lost to a dead store.
+ENTITIES_PER_BATCH = 1000
+# Between two calls of a run while it trains, and between attempts while the store is away.
+SEND_SECONDS = 5.0
+MAX_RETRY_SECONDS = 30.0
+CLOSE_SECONDS = 15.0
+FINISH_SECONDS = 10.0
+HELD_SECONDS = 10.0
 WAIT_PER_FAILED_SECOND = 10.0
+# MLflow's error codes of a server that does not answer or is in trouble, and of one that will never
+# take this.
+AWAY = (
+    *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"),
+    *("IO_ERROR", "CANCELLED"),
+)
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+# Of a server without seven processes for background jobs, which take a core when they start.
+SERVER_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+# What MLflow's own login needs.
+AUTH_VARIABLES = ("MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY")
+KEY_TAG = "midas.key"
+STAGED_NAME = "mlflow-artifacts"
 
 
 class DatasetInfo(NamedTuple):
@@ -48,6 +85,14 @@ class DatasetInfo(NamedTuple):
 def tracking_uri(storage: Path, configured: str | None = None) -> str:
     """The store to use: the `configured` one (MLFLOW_TRACKING_URI), else a file in `storage`."""
     return configured or f"sqlite:///{storage.resolve()}/mlflow.db"
+
+
+def for_workers(uri: str) -> dict[str, str | None]:
+    """Arguments of RunLogger, but the folder, for processes elsewhere.
+
+    An address with a password in it is not written anywhere: workers have it in their environment.
+    """
+    return {"uri": None if has_credentials(uri) else uri}
 
 
 def load(uri: str) -> None:
@@ -72,6 +117,7 @@ def git_commit(folder: Path) -> str | None:
 
 def open_run(
     uri: str,
+    folder: Path,
     storage: Path,
     experiment: str,
     run_name: str,
@@ -79,81 +125,160 @@ def open_run(
     tags: Mapping[str, str],
     dataset: DatasetInfo,
     run_id: str | None = None,
+    parent: Path | None = None,
 ) -> str:
-    """Creates a run, or continues the run `run_id`, and returns its id.
+    """Creates the MLflow run of a run folder, or continues it, and returns its id.
 
-    Continuing sets the status back to RUNNING and renews the tags; params and data stay as they
-    were first written (MLflow params cannot change). Raises ConfigError if the store cannot be
-    used: this happens on the driver, before work starts.
+    A server that is away is no error: the id is then empty, and the run is created when the server
+    is back. Continuing sets the status back to RUNNING and renews the tags; params and data stay
+    as they were first written (MLflow params cannot change).
+
+    Args:
+        folder: run folder; what MLflow does not have yet is kept there.
+        run_id: of the run to continue, where the folder does not say.
+        parent: folder of the run that this one belongs to.
+
+    Raises:
+        ConfigError: the store cannot be used. This happens on the driver, before work starts.
     """
     from mlflow.exceptions import MlflowException
 
     from service.config import ConfigError
 
+    outbox = Outbox(folder)
+    size = outbox.size()
+    outbox.put(
+        {
+            "kind": "open",
+            "key": uuid.uuid4().hex,
+            "run_id": run_id,
+            "experiment": experiment,
+            "artifacts": None if uri.startswith(SERVERS) else _artifact_location(storage),
+            "name": run_name,
+            "params": {key: _param_text(value) for key, value in _flatten(params).items()},
+            "tags": redacted(_source_tags() | dict(tags)),
+            "dataset": dataset._asdict(),
+            "parent": str(parent) if parent else None,
+            "time": time.time(),
+        }
+    )
     try:
-        client = _connect(uri)
-        if run_id is None:
-            run_id = _create_run(client, uri, storage, experiment, run_name, params, dataset)
-        client.update_run(run_id, status="RUNNING")
-        for key, value in (_source_tags() | dict(tags)).items():
-            client.set_tag(run_id, key, value)
+        if _may_try(uri):
+            _deliver(uri, outbox)
     except MlflowException as error:
-        raise ConfigError(
-            f"the MLflow store {uri} could not open run {run_id or run_name!r}: {error.message}; "
-            "check that it is up and, when continuing a run, that it is the store it began in "
-            "(MLFLOW_TRACKING_URI; unset means mlflow.db in the storage folder)"
-        ) from error
-    return run_id
+        if not _is_away(uri, error):
+            outbox.cut(size)
+            raise ConfigError(
+                f"the MLflow store {redact(uri)} could not open run {run_id or run_name!r}: "
+                f"{redact(error.message)}; check that it is up and, when continuing a run, that it "
+                "is the store it began in (MLFLOW_TRACKING_URI; unset means mlflow.db in the "
+                "storage folder)"
+            ) from error
+        logger.warning(
+            "MLflow at %s does not answer: %s; %s goes on, and what it has to say is kept in %s",
+            *(redact(uri), redact(error.message), run_name, folder / EVENTS_NAME),
+        )
+    outbox.note(store=redact(uri))
+    return outbox.run_id
 
 
 class RunLogger:
-    """Writes metrics of one run from the training loop; an MLflow failure never reaches the loop.
+    """Takes metrics of one run from the training loop, in no time, and has them sent by a thread.
 
-    What could not be written is kept, in order and with its first timestamp, and sent before
-    anything newer; MLflow ignores a metric it already holds (same key, step, timestamp, value),
-    so a batch whose answer was lost is not doubled. After a failure the next attempt waits ten
-    times as long as the failed one took.
+    A metric is first added to the run folder's outbox, then sent from there: in order, with its
+    first timestamp, by at most one call every SEND_SECONDS. So a server that is slow or away slows
+    and stops nothing, and what it missed is sent when it is back, if need be by the next process.
+    A key is recorded once a step: what was logged before a restart is not logged again.
+
+    Args:
+        uri: the store; None for the one that MLFLOW_TRACKING_URI names.
+        folder: run folder.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str | None, folder: Path) -> None:
         self.num_dropped = 0
-        self._uri = uri
-        self._run_id = run_id
+        self._uri = uri or os.environ["MLFLOW_TRACKING_URI"]
+        self._outbox = Outbox(folder)
+        self._logged = {
+            (key, event["step"])
+            for event in self._outbox.events()
+            if event["kind"] == "metrics" and event["once"]
+            for key in event["metrics"]
+        }
         self._client: MlflowClient | None = None
-        self._pending: list[Metric] = []
-        self._retry_at = 0.0
-        self._failing = False
+        self._thread: threading.Thread | None = None
+        self._end_by: float | None = None
+        self._wake = threading.Event()
 
     def log(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Records `metrics` at `step` with one call to MLflow; values that are not finite drop.
+        """Records `metrics` at `step`, measured at `seconds` since 1970.
 
-        `seconds` is the time of the measurement since 1970: MLflow stores the same metric with the
-        same step and time once, so that logging again after a restart adds nothing.
+        Values that are not finite drop.
         """
         self.log_many([(metrics, step, seconds)])
 
     def log_many(self, records: Iterable[tuple[Mapping[str, float], int, float]]) -> None:
-        """`log` for several (metrics, step, seconds), with as few calls to MLflow as possible."""
+        """`log` for several (metrics, step, seconds)."""
+        events = []
         for metrics, step, seconds in records:
-            self._pending += _entities(self._finite(metrics), step, seconds)
-        if self._pending and time.monotonic() >= self._retry_at:
-            self._send()
+            new = {k: v for k, v in metrics.items() if (k, step) not in self._logged}
+            self._logged |= {(key, step) for key in new}
+            if finite := self._finite(new):
+                events.append(_metrics_event(finite, step, seconds, once=True))
+        self._outbox.put(*events)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+            self._thread.start()
 
-    def close(self) -> int:
-        """Tries once more to write what is left; returns how many metrics were lost."""
-        if self._pending:
-            self._send()
-        if self._pending:
-            logger.warning(
-                "MLflow at %s did not come back: %d metrics of run %s are not recorded there",
-                self._uri,
-                len(self._pending),
-                self._run_id,
-            )
-        return len(self._pending)
+    def close(self, seconds: float = CLOSE_SECONDS) -> int:
+        """Sends what is left, for at most `seconds` or until an attempt fails.
+
+        Returns:
+            How many metrics MLflow will never have: refused, or not finite. What it just does not
+            have yet stays in the outbox.
+        """
+        self._outbox.put()
+        if self._thread:
+            self._end_by = time.monotonic() + seconds
+            self._wake.set()
+            self._thread.join(timeout=seconds)
+        return self.num_dropped
+
+    def _run(self) -> None:
+        wait, failing = 0.0, False
+        while True:
+            self._wake.wait(wait)
+            ending = self._end_by is not None
+            began = time.monotonic()
+            try:
+                left = self._send()
+            except Exception as error:  # whatever MLflow, its HTTP client or its database raises
+                if not failing:
+                    text = "MLflow at %s fails, metrics are kept for later: %s"
+                    logger.warning(text, redact(self._uri), redact(str(error)))
+                failing, left = True, False
+                wait = min(MAX_RETRY_SECONDS, max(SEND_SECONDS, 2 * wait))
+            else:
+                if failing:
+                    logger.info("MLflow at %s is back", redact(self._uri))
+                failing, wait = False, SEND_SECONDS
+            if ending and (not left or began > (self._end_by or 0.0)):
+                return
+
+    def _send(self) -> bool:
+        """One call; returns whether there is more to send."""
+        if not self._outbox.has_due():
+            return False
+        with self._outbox.held() as held:
+            if not held:
+                time.sleep(0.1)
+                return True
+            self._client = self._client or _connect(self._uri)
+            self.num_dropped += _send_next(self._client, self._outbox)
+        return self._outbox.has_due()
 
     def _finite(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        finite = _finite(metrics)
         if len(finite) < len(metrics):
             if self.num_dropped == 0:
                 names = ", ".join(sorted(metrics.keys() - finite.keys()))
@@ -161,84 +286,85 @@ class RunLogger:
             self.num_dropped += len(metrics) - len(finite)
         return finite
 
-    def _send(self) -> None:
-        started = time.monotonic()
-        try:
-            self._client = self._client or _connect(self._uri)
-            while self._pending:
-                self._send_batch(self._client)
-        except Exception as error:  # whatever MLflow, its HTTP client or its database raises
-            now = time.monotonic()
-            self._retry_at = now + WAIT_PER_FAILED_SECOND * (now - started)
-            if not self._failing:
-                logger.warning(
-                    "MLflow at %s fails, metrics are kept for later: %s", self._uri, error
-                )
-            self._failing = True
-        else:
-            if self._failing:
-                logger.info("MLflow at %s is back, all kept metrics are written", self._uri)
-            self._failing = False
-
-    def _send_batch(self, client: MlflowClient) -> None:
-        from mlflow.exceptions import MlflowException
-
-        batch = self._pending[:METRICS_PER_BATCH]
-        try:
-            client.log_batch(self._run_id, metrics=batch)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            # It would be refused every time and hold up everything behind it.
-            self.num_dropped += len(batch)
-            logger.warning("MLflow refused %d metrics, dropped: %s", len(batch), error.message)
-        del self._pending[: len(batch)]
-
 
 def finish_run(
     uri: str,
-    run_id: str,
+    folder: Path,
     status: Status,
     metrics: Mapping[str, float],
     figures: Callable[[], Mapping[str, Figure]],
     artifacts: Mapping[str, Path | str],
     checkpoint: str | None = None,
+    patience: float = FINISH_SECONDS,
 ) -> bool:
-    """Writes the results of a run and ends it with `status`; False (and a warning) if it failed.
+    """Writes the results of a run and ends it with `status`; False (and a warning) if MLflow does
+    not have all of it.
 
-    `figures` makes the figures: a failure in it is a warning, like any other here. `artifacts` maps
-    names to text, or to the path of a text file; `checkpoint` is a pointer, the files stay where
-    they are. Results are safe in the run folder, so failing here is no error.
+    What it does not have stays in the run folder, and `sync` sends it.
+
+    Args:
+        figures: makes the figures: a failure in it is a warning, like any other here.
+        artifacts: names -> text, or the path of a text file.
+        checkpoint: a pointer, the files stay where they are.
+        patience: seconds to try for; 0 for one attempt, and none while the store is known to be
+            away.
     """
-
-    def results() -> None:
-        client = _connect(uri)
-        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        client.log_batch(run_id, metrics=_entities(finite, step=0, seconds=time.time()))
-        if checkpoint is not None:
-            client.set_tag(run_id, "checkpoint", checkpoint)
-        for name, content in artifacts.items():
-            text = content.read_text() if isinstance(content, Path) else content
-            client.log_text(run_id, text, name)
-        for name, figure in figures().items():
-            client.log_figure(run_id, figure, name)
-
-    def end() -> None:
-        _connect(uri).set_terminated(run_id, status)
-
-    recorded = _attempt(f"the results of run {run_id}", results)
-    return _attempt(f"the end of run {run_id} ({status})", end) and recorded
+    outbox = Outbox(folder)
+    outbox.put(_metrics_event(_finite(metrics), 0, time.time(), once=False))
+    if checkpoint is not None:
+        outbox.put({"kind": "tags", "tags": redacted({"checkpoint": checkpoint})})
+    staged, complete = _stage(folder, figures, artifacts)
+    if staged:
+        outbox.put({"kind": "artifacts", "folder": staged})
+    outbox.put({"kind": "end", "status": status, "time": time.time()})
+    return _attempt(uri, outbox, patience) and complete
 
 
-def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> bool:
-    """Sets tags of a run; False (and a warning) if it failed."""
+def set_tags(uri: str, folder: Path, tags: Mapping[str, str]) -> bool:
+    """Sets tags of a run; False if MLflow does not have them yet."""
+    outbox = Outbox(folder)
+    outbox.put({"kind": "tags", "tags": redacted(tags)})
+    return _attempt(uri, outbox, patience=0.0)
 
-    def set_all() -> None:
-        client = _connect(uri)
-        for key, value in tags.items():
-            client.set_tag(run_id, key, value)
 
-    return _attempt(f"tags of run {run_id}", set_all)
+def run_id(folder: Path) -> str:
+    """MLflow's id of the run of this folder; empty while MLflow has not made it."""
+    return Outbox(folder).run_id
+
+
+def forget(folder: Path) -> None:
+    """Let the run of this folder begin anew, as another MLflow run."""
+    Outbox(folder).forget()
+
+
+def unsent(storage: Path) -> list[Path]:
+    """Folders under `storage` with something that MLflow does not have, parents first."""
+    found = [path.parent for path in sorted(storage.rglob(EVENTS_NAME))]
+    return [folder for folder in found if Outbox(folder).num_due()]
+
+
+def sync(uri: str, folder: Path) -> tuple[int, int]:
+    """Sends what MLflow does not have of the run of a folder.
+
+    Returns:
+        How many events were sent, and how many are left.
+
+    Raises:
+        ConfigError: the run began in another store.
+    """
+    from service.config import ConfigError
+
+    outbox = Outbox(folder)
+    store = outbox.state().get("store", redact(uri))
+    if store != redact(uri):
+        raise ConfigError(
+            f"run {folder.name} began in the MLflow store {store}, not in {redact(uri)}; set "
+            "MLFLOW_TRACKING_URI to that store"
+        )
+    before = outbox.num_due()
+    _attempt(uri, outbox, patience=0.0)
+    left = outbox.num_due()
+    return before - left, left
 
 
 def ui_command(uri: str, host: str, port: int) -> tuple[list[str], dict[str, str]]:
@@ -246,7 +372,9 @@ def ui_command(uri: str, host: str, port: int) -> tuple[list[str], dict[str, str
 
     The environment keeps MLflow from starting seven processes for background jobs.
 
-    Raises ConfigError for a tracking server: it serves its own pages.
+    Raises:
+        ConfigError: the store is a tracking server, which serves its own pages; or the address can
+            be reached from other machines and nobody would have to log in.
     """
     from service.config import ConfigError
 
@@ -254,11 +382,35 @@ def ui_command(uri: str, host: str, port: int) -> tuple[list[str], dict[str, str
         raise ConfigError(f"{uri} is a running MLflow server: open {uri} in a browser")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", host, "--port", str(port), "--workers", "1"]
-    environment = {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    return command, environment
+    if not is_loopback(host):
+        _check_login(host)
+        command += ["--app-name", "basic-auth"]
+    return command, SERVER_ENVIRONMENT
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens at this host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_login(host: str) -> None:
+    from service.config import ConfigError
+
+    missing = [name for name in AUTH_VARIABLES if not os.environ.get(name)]
+    if importlib.util.find_spec("flask_wtf") is None:
+        missing.append("the package Flask-WTF (mlflow[auth])")
+    if missing:
+        raise ConfigError(
+            f"--host {host} can be reached from other machines, where whoever can connect may "
+            "read and change every run; beyond loopback MLflow must ask for a login, and for that "
+            f"{' and '.join(missing)} must be set; see Security in the README; or leave --host out "
+            "and use an SSH tunnel: ssh -L 5000:127.0.0.1:5000 THIS_MACHINE"
+        )
 
 
 def _connect(uri: str) -> MlflowClient:
@@ -271,8 +423,7 @@ def _connect(uri: str) -> MlflowClient:
     from mlflow.telemetry import set_telemetry_client
 
     for variable, value in (
-        (variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 2),
-        (variables.MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR, 1),
+        (variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 0),  # a request is heard once, or tried later
         (variables.MLFLOW_HTTP_REQUEST_TIMEOUT, 5),
         (variables.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),
         (variables.MLFLOW_DISABLE_TELEMETRY, True),
@@ -285,39 +436,240 @@ def _connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def _create_run(
-    client: MlflowClient,
-    uri: str,
-    storage: Path,
-    experiment: str,
-    run_name: str,
-    params: Mapping[str, Json],
-    dataset: DatasetInfo,
-) -> str:
-    from mlflow.entities import Param
-
-    experiment_id = _experiment_id(client, uri, storage, experiment)
-    run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
-    entities = [Param(key, _param_text(value)) for key, value in _flatten(params).items()]
-    for start in range(0, len(entities), PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=entities[start : start + PARAMS_PER_BATCH])
-    _log_dataset(client, run_id, dataset)
-    return run_id
+def _artifact_location(storage: Path) -> str:
+    """Where artifacts go without a server; a server decides that itself."""
+    return (storage.resolve() / "mlartifacts").as_uri()
 
 
-def _experiment_id(client: MlflowClient, uri: str, storage: Path, name: str) -> str:
-    """Finds or creates an experiment; a server decides itself where its artifacts go."""
+def _attempt(uri: str, outbox: Outbox, patience: float) -> bool:
+    """Sends all that is due; False (and a warning) if it did not work for `patience` seconds."""
+    if patience == 0.0 and not _may_try(uri):
+        return False
+    end = time.monotonic() + patience
+    while True:
+        try:
+            _deliver(uri, outbox)
+            return True
+        except Exception as error:  # a finished run must not fail because of its record
+            if time.monotonic() < end:
+                time.sleep(min(1.0, patience))
+                continue
+            logger.warning(
+                "MLflow at %s did not record all of run %s: %s; it is kept in %s, and midas sync "
+                "sends it",
+                *(redact(uri), outbox.folder.name, redact(str(error)), outbox.folder / EVENTS_NAME),
+            )
+            return False
+
+
+# Store -> when it may be tried again: waiting ten times as long as a failed attempt took bounds
+# what a driver loses to a store that is away.
+_retry_at: dict[str, float] = {}
+
+
+def _may_try(uri: str) -> bool:
+    return time.monotonic() >= _retry_at.get(uri, 0.0)
+
+
+def _deliver(uri: str, outbox: Outbox) -> None:
+    """Sends all that is due, in order."""
+    began = time.monotonic()
+    try:
+        while outbox.has_due():
+            with outbox.held() as held:
+                if held:
+                    _send_next(_connect(uri), outbox)
+                    continue
+            if time.monotonic() > began + HELD_SECONDS:
+                raise TimeoutError("another process is sending it")
+            time.sleep(0.1)
+    except Exception:
+        now = time.monotonic()
+        _retry_at[uri] = now + WAIT_PER_FAILED_SECOND * (now - began)
+        raise
+
+
+def _is_away(uri: str, error: MlflowException) -> bool:
+    """Whether a server did not answer, or not as one that works."""
+    return uri.startswith(SERVERS) and error.error_code in AWAY
+
+
+def _send_next(client: MlflowClient, outbox: Outbox) -> int:
+    """Sends the oldest events, as many as fit into one call to MLflow.
+
+    Returns:
+        How many metrics were refused.
+    """
+    batch: list[Due] = []
+    for due in outbox.due():
+        if due.event["kind"] not in ("metrics", "tags"):
+            if not batch:
+                _act(client, outbox, due)
+                return 0
+            break
+        size = sum(len(d.event[d.event["kind"]]) for d in [*batch, due])
+        if batch and size > ENTITIES_PER_BATCH:
+            break
+        batch.append(due)
+    return _send_batch(client, outbox, batch) if batch else 0
+
+
+def _send_batch(client: MlflowClient, outbox: Outbox, batch: list[Due]) -> int:
+    from mlflow.entities import RunTag
     from mlflow.exceptions import MlflowException
 
-    location = None
-    if not uri.startswith(SERVERS):
-        location = (storage.resolve() / "mlartifacts").as_uri()
+    run = outbox.run_id
+    metrics: list[Metric] = []
+    tags: dict[str, str] = {}
+    for event, _ in batch:
+        if event["kind"] == "tags":
+            tags |= event["tags"]
+        else:
+            metrics += _entities(event["metrics"], event["step"], event["time"])
+    dropped = 0
+    try:
+        for start in range(0, max(1, len(metrics)), ENTITIES_PER_BATCH):
+            part = metrics[start : start + ENTITIES_PER_BATCH]
+            client.log_batch(run, metrics=part, tags=[RunTag(k, v) for k, v in tags.items()])
+    except MlflowException as error:
+        if error.error_code not in REFUSED:
+            raise
+        if len(batch) > 1:
+            return sum(_send_batch(client, outbox, [due]) for due in batch)
+        # It would be refused every time and hold up everything behind it.
+        dropped = len(metrics)
+        names = ", ".join([*(metric.key for metric in metrics[:3]), *tags][:3])
+        text = "MLflow refused %d metrics and %d tags (%s ...), dropped: %s"
+        logger.warning(text, len(metrics), len(tags), names, redact(error.message))
+    outbox.note(sent=batch[-1].end)
+    return dropped
+
+
+def _act(client: MlflowClient, outbox: Outbox, due: Due) -> None:
+    """Does what an event asks for that is neither metrics nor tags."""
+    event = due.event
+    if event["kind"] == "open":
+        _open(client, outbox, event)
+    elif event["kind"] == "end":
+        _remove_twins(client, outbox)
+        client.set_terminated(outbox.run_id, event["status"], int(event["time"] * 1000))
+    elif (staged := outbox.folder / event["folder"]).is_dir():
+        try:
+            client.log_artifacts(outbox.run_id, str(staged))
+        except Exception as error:
+            if len(list(itertools.islice(outbox.due(), 2))) == 1:
+                raise
+            text = "MLflow did not take the artifacts of run %s, tried again behind the rest: %s"
+            logger.warning(text, outbox.folder.name, redact(str(error)))
+            outbox.put(event)
+        else:
+            shutil.rmtree(staged, ignore_errors=True)
+    outbox.note(sent=due.end)
+
+
+def _open(client: MlflowClient, outbox: Outbox, event: Mapping[str, Any]) -> None:
+    """Creates the run, or continues it; may be done again after it was done in part."""
+    from mlflow.entities import Param, RunTag
+
+    state = outbox.state()
+    run = state.get("run_id") or event["run_id"]
+    if run and state.get("key") != event["key"]:
+        client.update_run(run, status="RUNNING")
+        client.log_batch(run, tags=[RunTag(key, value) for key, value in event["tags"].items()])
+        outbox.note(run_id=run)
+        return
+    if not run:
+        run = _find_or_create(client, outbox, event)
+        outbox.note(run_id=run, key=event["key"])
+    params = [Param(key, value) for key, value in event["params"].items()]
+    for start in range(0, len(params), PARAMS_PER_BATCH):
+        client.log_batch(run, params=params[start : start + PARAMS_PER_BATCH])
+    _log_dataset(client, run, DatasetInfo(**event["dataset"]))
+
+
+def _find_or_create(client: MlflowClient, outbox: Outbox, event: Mapping[str, Any]) -> str:
+    """The run with the event's key; one that a lost answer was about is not made again."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+
+    experiment = _experiment_id(client, event["experiment"], event["artifacts"])
+    tags = event["tags"] | {KEY_TAG: event["key"]}
+    if event["parent"]:
+        tags["mlflow.parentRunId"] = Outbox(Path(event["parent"])).run_id
+        if not tags["mlflow.parentRunId"]:
+            text = f"the run of {event['parent']}, which this one belongs to, is not there yet"
+            raise MlflowException(text, TEMPORARILY_UNAVAILABLE)
+    outbox.note(experiment_id=experiment, attempts=outbox.state().get("attempts", 0) + 1)
+    if outbox.state()["attempts"] > 1 and (found := _twins(client, experiment, event["key"])):
+        return found[0]
+    milliseconds = int(event["time"] * 1000)
+    run = client.create_run(experiment, milliseconds, tags, run_name=event["name"])
+    return run.info.run_id
+
+
+def _twins(client: MlflowClient, experiment: str, key: str) -> list[str]:
+    """Runs made for one run folder."""
+    found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'")
+    return [run.info.run_id for run in found]
+
+
+def _remove_twins(client: MlflowClient, outbox: Outbox) -> None:
+    """A request that timed out may have been heard later: then there is an empty run too many."""
+    state = outbox.state()
+    if state.get("attempts", 0) > 1:
+        for other in _twins(client, state["experiment_id"], state["key"]):
+            if other != state["run_id"]:
+                client.delete_run(other)
+
+
+def _stage(
+    folder: Path,
+    figures: Callable[[], Mapping[str, Figure]],
+    artifacts: Mapping[str, Path | str],
+) -> tuple[str | None, bool]:
+    """Writes artifacts to a folder inside the run folder, to be sent from there.
+
+    Returns:
+        Name of that folder, None if there is nothing in it, and whether everything worked.
+    """
+    complete = True
+    name = f"{STAGED_NAME}-{uuid.uuid4().hex[:8]}"
+
+    def write(what: str, action: Callable[[Path], None]) -> None:
+        nonlocal complete
+        try:
+            path = folder / name / what
+            path.parent.mkdir(parents=True, exist_ok=True)
+            action(path)
+        except Exception as error:  # a finished run must not fail because of its record
+            logger.warning("MLflow does not get %s: %s", what, redact(str(error)))
+            complete = False
+
+    def draw(path: Path) -> None:
+        for figure_name, figure in figures().items():
+            figure.savefig(path / figure_name)
+
+    def copy(content: Path | str, path: Path) -> None:
+        path.write_text(content.read_text() if isinstance(content, Path) else content)
+
+    for artifact, content in artifacts.items():
+        write(artifact, partial(copy, content))
+    write(".", draw)
+    return (name if (folder / name).is_dir() else None), complete
+
+
+def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
+    """Finds or creates an experiment, with its artifacts at `location` if there is no server."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
     if client.get_experiment_by_name(name) is None:
         with contextlib.suppress(MlflowException):  # another process was faster
             return client.create_experiment(name, artifact_location=location)
     found = client.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage != "active":
-        raise MlflowException(f"experiment {name!r} is deleted or cannot be created; rename it")
+        text = f"experiment {name!r} is deleted or cannot be created; rename it"
+        raise MlflowException(text, INVALID_PARAMETER_VALUE)
     return found.experiment_id
 
 
@@ -358,7 +710,7 @@ def _flatten(tree: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
 
 
 def _param_text(value: Json) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = redact(value if isinstance(value, str) else json.dumps(value))
     if len(text) > MAX_PARAM_CHARACTERS:
         return text[: MAX_PARAM_CHARACTERS - 3] + "..."
     return text
@@ -371,10 +723,18 @@ def _entities(metrics: Mapping[str, float], step: int, seconds: float) -> list[M
     return [Metric(key, value, milliseconds, step) for key, value in metrics.items()]
 
 
-def _attempt(what: str, action: Callable[[], None]) -> bool:
-    try:
-        action()
-    except Exception as error:  # a finished run must not fail because of its record
-        logger.warning("MLflow did not record %s: %s", what, error)
-        return False
-    return True
+def _metrics_event(
+    metrics: Mapping[str, float], step: int, seconds: float, *, once: bool
+) -> dict[str, Any]:
+    """`once`: what was logged at this step before is not to be logged again."""
+    return {
+        "kind": "metrics",
+        "metrics": {key: float(value) for key, value in metrics.items()},
+        "step": step,
+        "time": seconds,
+        "once": once,
+    }
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
