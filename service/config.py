@@ -204,8 +204,8 @@ def check(config: RunConfig) -> None:
     ):
         if place and has_credentials(place):
             raise ConfigError(
-                f"{name}={redact(place)} holds a password, and settings are written to files and to "
-                "MLflow; put it into the environment (for S3 AWS_ACCESS_KEY_ID and "
+                f"{name}={redact(place)} holds a password, and settings are written to files and "
+                "to MLflow; put it into the environment (for S3 AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY) or into the file that the store's client reads"
             )
     workers, batch, lanes = (

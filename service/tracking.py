@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-    from mlflow.exceptions import MlflowException
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +140,6 @@ def open_run(
     Raises:
         ConfigError: the store cannot be used. This happens on the driver, before work starts.
     """
-    from mlflow.exceptions import MlflowException
-
     from service.config import ConfigError
 
     outbox = Outbox(folder)
@@ -165,18 +162,18 @@ def open_run(
     try:
         if _may_try(uri):
             _deliver(uri, outbox)
-    except MlflowException as error:
+    except Exception as error:  # whatever MLflow, its HTTP client or its database raises
+        said = redact(str(getattr(error, "message", error)))
         if not _is_away(uri, error):
             outbox.cut(size)
             raise ConfigError(
-                f"the MLflow store {redact(uri)} could not open run {run_id or run_name!r}: "
-                f"{redact(error.message)}; check that it is up and, when continuing a run, that it "
-                "is the store it began in (MLFLOW_TRACKING_URI; unset means mlflow.db in the "
-                "storage folder)"
+                f"the MLflow store {redact(uri)} could not open run {run_id or run_name!r}: {said}; "
+                "check that it is up and, when continuing a run, that it is the store it began in "
+                "(MLFLOW_TRACKING_URI; unset means mlflow.db in the storage folder)"
             ) from error
         logger.warning(
             "MLflow at %s does not answer: %s; %s goes on, and what it has to say is kept in %s",
-            *(redact(uri), redact(error.message), run_name, folder / EVENTS_NAME),
+            *(redact(uri), said, run_name, folder / EVENTS_NAME),
         )
     outbox.note(store=redact(uri))
     return outbox.run_id
@@ -489,9 +486,9 @@ def _deliver(uri: str, outbox: Outbox) -> None:
         raise
 
 
-def _is_away(uri: str, error: MlflowException) -> bool:
+def _is_away(uri: str, error: Exception) -> bool:
     """Whether a server did not answer, or not as one that works."""
-    return uri.startswith(SERVERS) and error.error_code in AWAY
+    return uri.startswith(SERVERS) and getattr(error, "error_code", "") in AWAY
 
 
 def _send_next(client: MlflowClient, outbox: Outbox) -> int:

@@ -29,14 +29,15 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tracking(storage: Path) -> dict[str, str]:
+def tracking(storage: Path, tmp_path: Path) -> dict[str, str]:
+    """Store and id of the MLflow run of `tmp_path`."""
     uri = tracking_uri(storage)
     data = DatasetInfo("toy", "ab" * 32, 40)
-    return {"uri": uri, "run_id": open_run(uri, storage, "toy", "run", {}, {}, data)}
+    return {"uri": uri, "run_id": open_run(uri, tmp_path, storage, "toy", "run", {}, {}, data)}
 
 
 def started(folder: Path, tracking: dict[str, str]) -> Reporter:
-    return Reporter(CONFIG, ORDER, folder, tracking)
+    return Reporter(CONFIG, ORDER, folder, {"uri": tracking["uri"]})
 
 
 def metrics(epoch: int) -> dict[str, float]:
