@@ -167,8 +167,8 @@ def open_run(
         if not _is_away(uri, error):
             outbox.cut(size)
             raise ConfigError(
-                f"the MLflow store {redact(uri)} could not open run {run_id or run_name!r}: {said}; "
-                "check that it is up and, when continuing a run, that it is the store it began in "
+                f"the MLflow store {redact(uri)} could not open run {run_id or run_name!r}: {said};"
+                " check that it is up and, when continuing a run, that it is the store it began in "
                 "(MLFLOW_TRACKING_URI; unset means mlflow.db in the storage folder)"
             ) from error
         logger.warning(
@@ -307,7 +307,8 @@ def finish_run(
             away.
     """
     outbox = Outbox(folder)
-    outbox.put(_metrics_event(_finite(metrics), 0, time.time(), once=False))
+    if results := _finite(metrics):
+        outbox.put(_metrics_event(results, 0, time.time(), once=False))
     if checkpoint is not None:
         outbox.put({"kind": "tags", "tags": redacted({"checkpoint": checkpoint})})
     staged, complete = _stage(folder, figures, artifacts)

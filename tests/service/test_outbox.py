@@ -271,7 +271,7 @@ def test_sync_sends_what_is_left_of_ended_runs(server: Server, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         **{"sync/runs": 2, "sync/left": 0, "sync/complete": True},
-        "sync/sent": 2 * (1 + 10 + 3),
+        "sync/sent": 2 * (1 + 10 + 2),
     }
     for folder in (parent, child):
         assert points(server, folder, "a") == wanted(10)
