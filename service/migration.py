@@ -22,6 +22,9 @@ ROWS_AT_ONCE = 5000
 # What MLflow writes into a database when it makes its tables.
 FILLED_BY_MLFLOW = ("alembic_version", "workspaces")
 MIGRATIONS_SECONDS = 300
+CONNECT_SECONDS = 10
+# `mlflow db upgrade`, but for an address that no list of processes shows.
+UPGRADE = "import os, mlflow.db; mlflow.db.upgrade.callback(os.environ['MIDAS_DATABASE'])"
 
 
 def migrate(storage: Path) -> dict[str, int]:
@@ -47,20 +50,31 @@ def migrate(storage: Path) -> dict[str, int]:
             "that the password shows up in no list of processes"
         )
     source = f"sqlite:///{source_file.resolve()}"
+    _check_connection(target)
     for uri in (source, target):
         _make_tables(uri)
     return _copy(source, target)
 
 
+def _check_connection(uri: str) -> None:
+    """MLflow itself would try for an hour."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        create_engine(uri, connect_args={"connect_timeout": CONNECT_SECONDS}).connect().close()
+    except OperationalError as error:
+        raise ConfigError(
+            f"{redact(uri)} does not let this user in: {redact(str(error.orig)).strip()}; check "
+            f"that the server is up, and {TARGET_VARIABLE}"
+        ) from error
+
+
 def _make_tables(uri: str) -> None:
     """Have MLflow make its tables, or bring them to its version."""
-    code = "import os, mlflow.store.db.utils as db; " + (
-        "engine = db.create_sqlalchemy_engine(os.environ['MIDAS_DATABASE']); "
-        "db._is_empty_database(engine) and db._initialize_tables(engine); db._upgrade_db(engine)"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"MIDAS_DATABASE": uri},
+        [sys.executable, "-c", UPGRADE],
+        env=os.environ | {"MIDAS_DATABASE": uri, "MLFLOW_DISABLE_TELEMETRY": "true"},
         capture_output=True,
         text=True,
         timeout=MIGRATIONS_SECONDS,

@@ -47,7 +47,7 @@ SERVERS = ("http://", "https://")
 MAX_PARAM_CHARACTERS = 6000
 MAX_DIGEST_CHARACTERS = 32  # MLflow allows 36
 PARAMS_PER_BATCH = 100
-ENTITIES_PER_BATCH = 1000
+ENTITIES_PER_BATCH = 500  # MLflow allows 1000; a busy SQLite takes seconds for it
 # Between two calls of a run while it trains, and between attempts while the store is away.
 SEND_SECONDS = 5.0
 MAX_RETRY_SECONDS = 30.0
@@ -203,6 +203,7 @@ class RunLogger:
             for key in event["metrics"]
         }
         self._client: MlflowClient | None = None
+        self._limit = ENTITIES_PER_BATCH
         self._thread: threading.Thread | None = None
         self._end_by: float | None = None
         self._wake = threading.Event()
@@ -263,7 +264,7 @@ class RunLogger:
                 return
 
     def _send(self) -> bool:
-        """One call; returns whether there is more to send."""
+        """One call; returns whether there is more to send. What failed is tried in smaller parts."""
         if not self._outbox.has_due():
             return False
         with self._outbox.held() as held:
@@ -271,7 +272,9 @@ class RunLogger:
                 time.sleep(0.1)
                 return True
             self._client = self._client or _connect(self._uri)
-            self.num_dropped += _send_next(self._client, self._outbox)
+            limit, self._limit = self._limit, max(1, self._limit // 2)
+            self.num_dropped += _send_next(self._client, self._outbox, limit)
+        self._limit = ENTITIES_PER_BATCH
         return self._outbox.has_due()
 
     def _finite(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -492,8 +495,11 @@ def _is_away(uri: str, error: Exception) -> bool:
     return uri.startswith(SERVERS) and getattr(error, "error_code", "") in AWAY
 
 
-def _send_next(client: MlflowClient, outbox: Outbox) -> int:
+def _send_next(client: MlflowClient, outbox: Outbox, limit: int = ENTITIES_PER_BATCH) -> int:
     """Sends the oldest events, as many as fit into one call to MLflow.
+
+    Args:
+        limit: most metrics and tags, unless one event has more.
 
     Returns:
         How many metrics were refused.
@@ -506,7 +512,7 @@ def _send_next(client: MlflowClient, outbox: Outbox) -> int:
                 return 0
             break
         size = sum(len(d.event[d.event["kind"]]) for d in [*batch, due])
-        if batch and size > ENTITIES_PER_BATCH:
+        if batch and size > limit:
             break
         batch.append(due)
     return _send_batch(client, outbox, batch) if batch else 0
@@ -645,6 +651,7 @@ def _stage(
 
     def draw(path: Path) -> None:
         for figure_name, figure in figures().items():
+            path.mkdir(exist_ok=True)
             figure.savefig(path / figure_name)
 
     def copy(content: Path | str, path: Path) -> None:

@@ -30,6 +30,13 @@ def test_a_folder_or_target_that_is_not_there(tmp_path: Path, monkeypatch: pytes
         migrate(tmp_path)
 
 
+def test_a_target_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mlflow.db").touch()
+    monkeypatch.setenv(TARGET_VARIABLE, f"postgresql://u:hidden@127.0.0.1:{free_port()}/d")
+    with pytest.raises(ConfigError, match=r"u:\*\*\*@127.0.0.1.* does not let this user in"):
+        migrate(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of an empty database of a server of its own."""
