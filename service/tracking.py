@@ -264,7 +264,7 @@ class RunLogger:
                 return
 
     def _send(self) -> bool:
-        """One call; returns whether there is more to send. What failed is tried in smaller parts."""
+        """One call, a smaller one after a failure; returns whether there is more to send."""
         if not self._outbox.has_due():
             return False
         with self._outbox.held() as held:

@@ -105,7 +105,10 @@ assert not heavy, heavy
         ("train", ["--json", "--debug", "--dry-run", "--optim.lr", "--midas.warmup-epochs"]),
         ("compare", ["--json", "--debug", "--methods", "--seeds", "--optim.lr"]),
         ("evaluate", ["--json", "--debug", "--split", "--storage"]),
-        ("ui", ["--json", "--debug", "--port", "--storage"]),
+        ("ui", ["--json", "--debug", "--port", "--host", "--storage"]),
+        ("sync", ["--json", "--debug", "--storage"]),
+        ("migrate", ["--json", "--debug", "--storage"]),
+        ("doctor", ["--json", "--debug", "--security", "--storage"]),
     ],
 )
 def test_help_of_every_verb_shows_its_flags(verb: str, words: list[str]):
