@@ -243,7 +243,8 @@ def tracking_server(storage: Path) -> Iterator[Finding]:
 
 def _mlflow_server(uri: str) -> Iterator[Finding]:
     began = time.monotonic()
-    status = answer(f"{uri.rstrip('/')}/health")
+    base = _base(uri)
+    status = answer(f"{base}/health")
     if status is None or status >= 500:
         remedy = "runs go on without it and catch up later (midas sync); start it, or check the URI"
         found = f"{redact(uri)} does not answer within {ANSWER_SECONDS:g} s"
@@ -257,7 +258,7 @@ def _mlflow_server(uri: str) -> Iterator[Finding]:
         remedy = "put it behind TLS (https), or reach it through an SSH tunnel"
         found = "passwords and results travel in clear"
         yield Finding("mlflow in clear", "warn", found, remedy)
-    if answer(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1") == 200:
+    if answer(f"{base}/api/2.0/mlflow/experiments/search?max_results=1") == 200:
         remedy = "start it with --app-name basic-auth, see MLflow server in the README"
         found = "whoever reaches it reads and changes every run, without a login"
         yield Finding("mlflow login", "fix", found, remedy)
@@ -281,7 +282,7 @@ def clock(storage: Path) -> Iterator[Finding]:
         written = os.stat(file.name).st_mtime
         differences["the storage"] = max(0.0, before - written, written - time.time())
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith(tracking.SERVERS) and (at := _date(f"{uri.rstrip('/')}/health")):
+    if uri.startswith(tracking.SERVERS) and (at := _date(f"{_base(uri)}/health")):
         differences["MLflow"] = max(0.0, abs(time.time() - at) - 1.0)  # it says whole seconds
     for whose, seconds in differences.items():
         found = f"differs from that of {whose} by {seconds:.1f} s"
@@ -361,6 +362,12 @@ def _date(url: str) -> float | None:
             return parsedate_to_datetime(response.headers["Date"]).timestamp()
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _base(uri: str) -> str:
+    """The address of a server, without a name and password in it."""
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
 
 def _token_source() -> str | None:

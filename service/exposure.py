@@ -10,7 +10,10 @@ from service.doctor import Finding, answer, authentication, token_files
 from service.redaction import secret_names
 from service.tracking import is_loopback
 
-RAY_PROGRAMS = ("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/core")
+RAY_PROGRAMS = (
+    *("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/core"),
+    *("bin/midas", "-m service"),  # a driver listens to its workers
+)
 MLFLOW_PROGRAMS = ("mlflow.server", "mlflow server", "-m mlflow", "bin/mlflow")
 # What answers 200 to whoever asks, unless there is a login.
 PROBES = {"MLflow": "/api/2.0/mlflow/experiments/search?max_results=1", "Ray": "/api/jobs/"}

@@ -95,7 +95,7 @@ def points(server: Server, folder: Path, key: str) -> list[tuple[int, float, int
 
 
 def wanted(steps: int) -> list[tuple[int, float, int]]:
-    return [(step, float(step), 1_700_000_000_000 + step) for step in range(steps)]
+    return [(step, float(step), 1_700_000_000_000 + 1000 * step) for step in range(steps)]
 
 
 def log(logger: RunLogger, steps: range) -> float:
@@ -103,7 +103,7 @@ def log(logger: RunLogger, steps: range) -> float:
     slowest = 0.0
     for step in steps:
         began = time.monotonic()
-        logger.log({"a": float(step), "b": float(step)}, step, seconds=1.7e9 + step / 1000)
+        logger.log({"a": float(step), "b": float(step)}, step, seconds=1.7e9 + step)
         slowest = max(slowest, time.monotonic() - began)
         time.sleep(0.005)
     return slowest
@@ -190,7 +190,7 @@ def test_a_process_that_is_killed_while_the_server_is_away_loses_nothing(
         "log = t.RunLogger(sys.argv[1], pathlib.Path(sys.argv[2]))\n"
         "for step in range(10**6):\n"
         "    row = {'a': float(step), 'b': float(step)}\n"
-        "    log.log(row, step, seconds=1.7e9 + step / 1000); time.sleep(0.01)\n"
+        "    log.log(row, step, seconds=1.7e9 + step); time.sleep(0.01)\n"
     )
     root = Path(__file__).parents[2]
     worker = subprocess.Popen([sys.executable, "-c", code, server.url, str(folder)], cwd=root)

@@ -94,7 +94,7 @@ def test_the_terminal_shows_no_secrets(monkeypatch: pytest.MonkeyPatch):
     console.json_line({"uri": "postgresql://u:s3cret@h/d", "x": 1})
     text = out.getvalue() + err.getvalue()
     assert "s3cret" not in text
-    assert text.count("***") == 7
+    assert text.count("***") == 8
     assert out.getvalue().endswith('{"uri": "postgresql://u:***@h/d", "x": 1}\n')
 
 
