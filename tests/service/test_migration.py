@@ -74,11 +74,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _answers(uri: str) -> bool:
-    import psycopg2
+    import psycopg
 
     try:
-        psycopg2.connect(uri).close()
-    except psycopg2.OperationalError:
+        psycopg.connect(uri).close()
+    except psycopg.OperationalError:
         time.sleep(0.2)
         return False
     return True

@@ -110,6 +110,7 @@ def test_epochs_that_are_gone_through_again_are_recorded_once(
     reporter = started(tmp_path, tracking)  # back to an older checkpoint
     for epoch in (2, 3, 4, 5):
         reporter.epoch(epoch, metrics(epoch) | {"time/epoch_seconds": 9.0})
+    assert reporter.close() == 0
     assert history(tmp_path)[:5] == before
     assert [row["epoch"] for row in history(tmp_path)] == [0, 1, 2, 3, 4, 5]
     assert [step for step, _ in points(tracking)] == [0, 1, 2, 3, 4, 5]
