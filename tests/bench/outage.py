@@ -31,9 +31,9 @@ from tests.service.test_tracking import free_port, wait_until_up
 EPOCH_SECONDS = 0.7  # about, of the small model
 
 
-def serve(store: str, port: int) -> subprocess.Popen[bytes]:
-    command, extra = tracking.ui_command(store, "127.0.0.1", port)
-    server = subprocess.Popen(command, env=os.environ | extra, start_new_session=True)
+def serve(storage: Path, port: int) -> subprocess.Popen[bytes]:
+    command, extra = tracking.ui_command(tracking.tracking_uri(storage), "127.0.0.1", port)
+    server = subprocess.Popen(command, env=os.environ | extra, cwd=storage, start_new_session=True)
     wait_until_up(f"http://127.0.0.1:{port}", server)
     return server
 
@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     storage = Path(tempfile.mkdtemp(prefix="midas-outage-"))
     store, port = tracking.tracking_uri(storage), free_port()
-    server = serve(store, port)
+    server = serve(storage, port)
     epochs = round((1.5 * args.seconds + 90.0) / EPOCH_SECONDS)
     words = f"train digits --name run --storage {storage} --optim.epochs {epochs} --json".split()
     words += ["--midas.warmup-epochs", "2", "--scaling.num-workers", "1"]
@@ -70,7 +70,7 @@ def main() -> None:
         came_back = time.time()
         if args.mode == "down":
             server.wait()
-            server = serve(store, port)
+            server = serve(storage, port)
         else:
             os.killpg(server.pid, signal.SIGCONT)
         returncode = run.wait()

@@ -31,12 +31,15 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.store = tracking_uri(storage)
+        self._storage = storage
         self._process: subprocess.Popen[bytes] | None = None
 
     def up(self) -> None:
         """Start it."""
         command, extra = ui_command(self.store, "127.0.0.1", self.port)
-        self._process = subprocess.Popen(command, env=os.environ | extra, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, env=os.environ | extra, cwd=self._storage, start_new_session=True
+        )
         wait_until_up(self.url, self._process)
 
     def down(self) -> None:
