@@ -229,12 +229,12 @@ class Builder:
         there = stage.upper / os.path.join(stage.folder, target).lstrip("/")
         for source in sources:
             here = origin.path(source) if origin else self._context / source
-            at = there / here.name if into else there
-            at.parent.mkdir(parents=True, exist_ok=True)
             if here.is_dir():
                 ignore = shutil.ignore_patterns("__pycache__") if not origin else None
-                shutil.copytree(here, at, symlinks=True, dirs_exist_ok=True, ignore=ignore)
+                shutil.copytree(here, there, symlinks=True, dirs_exist_ok=True, ignore=ignore)
             else:
+                at = there / here.name if into else there
+                at.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(here, at)
 
     def _env(self, name: str, stage: Stage, value: str) -> None:
