@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -28,6 +29,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from data.prepare import PrepareReport
+    from service.jobs import Job
     from service.launch import RunOutcome
 
 logger = logging.getLogger(__name__)
@@ -259,6 +261,41 @@ class Console:
         weights = f"equal: {weights}" if equal and spread else weights
         order = "equal" if report["chaos/order_equal"] else "different"
         self._places({"weights": f"{weights} (final, against the unbroken run)", "order": order})
+
+    def submitted(self, job: str, address: str | None) -> None:
+        """Prints the id of a job that was submitted, and what to type next."""
+        place = f" --address {address}" if address else ""
+        self._places(
+            {
+                "job": job,
+                "follow": f"midas logs {job} --follow{place}",
+                "stop": f"midas stop {job}{place}",
+            }
+        )
+
+    def jobs(self, jobs: Sequence[Job]) -> None:
+        """Prints the jobs of a cluster, the newest last."""
+        table = _new_table("job", "state", "exit code", "submitted", "time", "name", "command")
+        for job in jobs:
+            since = datetime.fromtimestamp(job.submitted).strftime("%m-%d %H:%M:%S")
+            code = "" if job.exit_code is None else str(job.exit_code)
+            cells = (job.id, job.state, code, since, _clock(job.seconds), job.name, job.command)
+            table.add_row(*(Text(cell) for cell in cells))
+        self.out.print(table)
+
+    def job_ended(self, job: str, state: str, code: int | None, reason: str) -> None:
+        """Says how a job ended, or that it has not."""
+        text = f"job {job}: {state}" + ("" if code is None else f", exit code {code}")
+        if state == "PENDING":
+            text += "; it waits for a place and ends when it gets one"
+        elif code is None:
+            text += "; it has not ended yet"
+        self.status(f"{text}; {reason}" if reason else text)
+
+    def raw(self, text: str) -> None:
+        """Passes on what a job has written."""
+        self.out.file.write(text)
+        self.out.file.flush()
 
     def error_panel(self, message: str) -> None:
         """Prints one paragraph in red on stderr."""
