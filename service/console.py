@@ -27,6 +27,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from service.tracking import run_page
+
 if TYPE_CHECKING:
     from data.prepare import PrepareReport
     from service.jobs import Job
@@ -181,7 +183,7 @@ class Console:
         uri, folder = outcome.result["mlflow_uri"], outcome.folder
         default_storage = Path("runs").resolve()
         storage = "" if folder.parent == default_storage else f" --storage {folder.parent}"
-        tracking = uri if uri.startswith("http") else f"midas ui{storage}"
+        tracking = run_page(uri, outcome.result["mlflow_run_id"]) or f"midas ui{storage}"
         evaluate = f"midas evaluate {folder.name} --split val{storage}"
         self.summary_table(outcome.result, folder, tracking, evaluate)
 
@@ -190,7 +192,7 @@ class Console:
     ) -> None:
         """Prints the results of a run, where its files and curves are, and what to type next.
 
-        `tracking` is the address of the MLflow server, or the command that starts one.
+        `tracking` is the run's page on the MLflow server, or the command that starts one.
         """
         self.metrics_table(result)
         self.out.print()

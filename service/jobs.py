@@ -224,7 +224,9 @@ def job_environment(
     return found, sorted(hidden)
 
 
-def head_share(scaling: ScalingConfig | None, have: Mapping[str, float], *, all_of_it: bool) -> float:
+def head_share(
+    scaling: ScalingConfig | None, have: Mapping[str, float], *, all_of_it: bool
+) -> float:
     """How much of the head's resource a job takes while it runs.
 
     Args:

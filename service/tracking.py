@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +49,15 @@ class DatasetInfo(NamedTuple):
 def tracking_uri(storage: Path, configured: str | None = None) -> str:
     """The store to use: the `configured` one (MLFLOW_TRACKING_URI), else a file in `storage`."""
     return configured or f"sqlite:///{storage.resolve()}/mlflow.db"
+
+
+def run_page(uri: str, run_id: str) -> str | None:
+    """The page of a run on a tracking server; None for a store that no server shows."""
+    if not uri.startswith(SERVERS):
+        return None
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]  # without a password
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/#/runs/{run_id}"
 
 
 def load(uri: str) -> None:
