@@ -438,19 +438,20 @@ def _submit(args: argparse.Namespace, rest: list[str], console: "Console") -> di
     from service import jobs
     from service.cluster import check_cluster_capacity
 
-    if not args.words or args.words[0] in (*JOB_VERBS, "ui"):
+    words = args.words[1:] if args.words[:1] == ["--"] else args.words
+    if not words or words[0] in (*JOB_VERBS, "ui"):
         verbs = ", ".join(name for name in VERBS if name not in (*JOB_VERBS, "ui"))
         _parser().error(f"submit takes its own flags, then what is to run: {verbs}")
-    jobs.check_arguments(args.words)
-    scaling, storage, name = _needs(args.words)
-    jobs.check_storage(storage)
+    jobs.check_arguments(words)
+    scaling, paths, name = _needs(words)
+    jobs.check_paths(paths)
     cluster = jobs.Jobs(args.address, insecure=args.insecure)
     have = cluster.resources()
     if scaling and have:
         check_cluster_capacity(scaling, have)
-    share = jobs.head_share(scaling, have, all_of_it=args.words[0] == "tune")
+    share = jobs.head_share(scaling, have, all_of_it=words[0] == "tune")
     job = cluster.submit(
-        args.words,
+        words,
         Path.cwd(),
         name=name,
         share=share,
@@ -463,8 +464,8 @@ def _submit(args: argparse.Namespace, rest: list[str], console: "Console") -> di
     return {"job": job, "address": cluster.url}
 
 
-def _needs(words: list[str]) -> "tuple[ScalingConfig | None, str, str]":
-    """Workers, storage and name of the run that a command line asks for.
+def _needs(words: list[str]) -> "tuple[ScalingConfig | None, dict[str, str | None], str]":
+    """Workers, paths by their flags, and name of the run that a command line asks for.
 
     Raises:
         ConfigError, SystemExit: the command line would fail.
@@ -474,16 +475,22 @@ def _needs(words: list[str]) -> "tuple[ScalingConfig | None, str, str]":
     args, rest = _parser().parse_known_args(_with_preset(words))
     stored = getattr(args, "resume", None) or getattr(args, "status", None)
     if stored or getattr(args, "runs", None):
-        return None, _flag(rest, "--storage", "runs"), stored or ""
+        return None, {"--storage": _flag(rest, "--storage", "runs")}, stored or ""
     if args.verb in PRESET_VERBS:
         config = _config(args, rest)
-        scaling = None if args.verb == "prepare" else config.scaling
-        return scaling, config.storage, config.name or ""
+        paths = {
+            "--storage": config.storage,
+            "--data.root": config.data.root,
+            "--manifest": config.data.table,
+            "--data.storage": config.data.storage,
+            "--checkpoint.storage": config.checkpoint.storage,
+        }
+        return None if args.verb == "prepare" else config.scaling, paths, config.name or ""
     if rest:
         _parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
     device, workers = getattr(args, "device", "auto"), getattr(args, "workers", None)
     scaling = ScalingConfig(num_workers=workers, device=device) if workers else None
-    return scaling, getattr(args, "storage", "/"), getattr(args, "run", "")
+    return scaling, {"--storage": getattr(args, "storage", None)}, getattr(args, "run", "")
 
 
 def _flag(words: list[str], name: str, default: str) -> str:

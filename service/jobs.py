@@ -182,18 +182,22 @@ def check_arguments(command: Sequence[str]) -> None:
             )
 
 
-def check_storage(storage: str) -> None:
-    """Refuse a folder that would go away with the job.
+def check_paths(paths: Mapping[str, str | None]) -> None:
+    """Refuse folders that would be inside a job's own copy of the working directory.
+
+    Args:
+        paths: by the flag that sets them.
 
     Raises:
-        ConfigError: it is relative.
+        ConfigError: one is relative.
     """
-    if not Path(storage).is_absolute():
-        raise ConfigError(
-            f"--storage {storage} is relative: on the cluster it would be inside the job's copy of "
-            "this folder, which Ray removes; give the path of a folder that all nodes share, as in "
-            "--storage /mnt/midas"
-        )
+    for flag, path in paths.items():
+        if path and "://" not in path and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{flag} {path} is relative: on the cluster it would be inside the job's copy of "
+                "this folder, which Ray removes; give the path of a folder that all nodes share, "
+                f"as in {flag} /mnt/midas"
+            )
 
 
 def entrypoint(command: Sequence[str], *, uv: bool) -> str:
@@ -358,6 +362,7 @@ class Jobs:
         """
         check_arguments(command)
         check_package(folder, package_sizes(folder))
+        self._warn_of_loopback(os.environ.get("MLFLOW_TRACKING_URI", ""))
         variables, hidden = job_environment(worker_environment(), uv=uv, with_secrets=with_secrets)
         if hidden:
             log.warning(
@@ -428,7 +433,11 @@ class Jobs:
         """Stop a job and wait for its end; a training saves its state and can be continued.
 
         Ray gives a job 3 s, or what the variable RAY_JOB_STOP_WAIT_TIME_S of its environment
-        says. Where it says nothing, the driver is asked by a signal first.
+        says. Where it says nothing, the driver is asked by a signal first. A job that is still in
+        the queue stays there until it gets a place, and ends then.
+
+        Raises:
+            RunError: there is none of this id, or it goes on.
         """
         details = self._details(job)
         if (found := _job(details)).ended:
@@ -442,7 +451,17 @@ class Jobs:
             with _answered(self.url):
                 self._client.stop_job(job)
             found = self._wait(job, (seconds or 3) + ANSWER_SECONDS)
+        if found.state == "RUNNING":
+            raise RunError(
+                f"job {job} has been asked to stop and still runs; midas logs {job} shows why; "
+                "Ray kills it at the end of its time"
+            )
         return found
+
+    def _warn_of_loopback(self, tracking: str) -> None:
+        places = [urlsplit(uri).hostname or "" for uri in (self.url, tracking)]
+        if "://" in tracking and [_is_loopback(place) for place in places] == [False, True]:
+            log.warning("MLFLOW_TRACKING_URI=%s: on the cluster that is another machine", tracking)
 
     def _details(self, job: str) -> "JobDetails":
         with _answered(self.url):

@@ -18,7 +18,7 @@ from service.jobs import (
     check_arguments,
     check_clear_text,
     check_package,
-    check_storage,
+    check_paths,
     check_versions,
     entrypoint,
     exit_code,
@@ -171,10 +171,10 @@ def test_a_large_package_is_refused_with_its_numbers(tmp_path: Path):
         check_package(tmp_path, package_sizes(tmp_path), limit=2 << 20)
 
 
-def test_a_relative_storage_is_refused():
-    check_storage("/mnt/runs")
-    with pytest.raises(ConfigError, match="--storage runs is relative"):
-        check_storage("runs")
+def test_relative_folders_are_refused():
+    check_paths({"--storage": "/mnt/runs", "--data.root": None, "--data.storage": "s3://b/sets"})
+    with pytest.raises(ConfigError, match="--data.root raw is relative"):
+        check_paths({"--storage": "/mnt/runs", "--data.root": "raw"})
 
 
 @pytest.mark.parametrize(
