@@ -256,20 +256,34 @@ def job_id(command: Sequence[str], name: str) -> str:
 
 
 def package_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of a working directory that would be sent, by relative path."""
+    """Bytes of the files of a working directory that would be sent, by relative path.
+
+    Looking ends at several times the limit: the folder may be a home directory.
+    """
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
     sizes: dict[str, int] = {}
+    total = 0
 
     def add(path: Path) -> None:
+        nonlocal total
         if path.is_file():
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+            size = path.stat().st_size
+            sizes[str(path.relative_to(folder))] = size
+            total += size
+        if total > 4 * MAX_PACKAGE_BYTES:
+            raise _EnoughError
 
     quiet = logging.getLogger(f"{__name__}.quiet")
     quiet.setLevel(logging.CRITICAL)
     excludes = [_get_excludes(folder, list(EXCLUDES))]
-    _dir_travel(folder, excludes, add, include_gitignore=True, logger=quiet)
+    with contextlib.suppress(_EnoughError):
+        _dir_travel(folder, excludes, add, include_gitignore=True, logger=quiet)
     return sizes
+
+
+class _EnoughError(Exception):
+    """There is more than would ever be sent."""
 
 
 def check_package(folder: Path, sizes: Mapping[str, int], limit: int = MAX_PACKAGE_BYTES) -> None:
@@ -287,7 +301,7 @@ def check_package(folder: Path, sizes: Mapping[str, int], limit: int = MAX_PACKA
         parts[top] = parts.get(top, 0) + size
     largest = sorted(parts, key=lambda name: -parts[name])[:LARGEST_SHOWN]
     raise ConfigError(
-        f"{folder} has {_mib(total)} in {len(sizes)} files to send to the cluster, the limit is "
+        f"{folder} has at least {_mib(total)} in {len(sizes)} files to send to the cluster, the limit is "
         f"{_mib(limit)}; the largest: {', '.join(f'{n} {_mib(parts[n])}' for n in largest)}; name "
         "what a job does not need in .gitignore or .rayignore; data belongs into a folder that the "
         "nodes share"
