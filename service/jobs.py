@@ -301,8 +301,8 @@ def check_package(folder: Path, sizes: Mapping[str, int], limit: int = MAX_PACKA
         parts[top] = parts.get(top, 0) + size
     largest = sorted(parts, key=lambda name: -parts[name])[:LARGEST_SHOWN]
     raise ConfigError(
-        f"{folder} has at least {_mib(total)} in {len(sizes)} files to send to the cluster, the limit is "
-        f"{_mib(limit)}; the largest: {', '.join(f'{n} {_mib(parts[n])}' for n in largest)}; name "
+        f"{folder} has at least {_mib(total)} in {len(sizes)} files to send to the cluster, the "
+        f"limit is {_mib(limit)}; the largest: {', '.join(f'{n} {_mib(parts[n])}' for n in largest)}; name "
         "what a job does not need in .gitignore or .rayignore; data belongs into a folder that the "
         "nodes share"
     )
