@@ -299,10 +299,11 @@ def check_package(folder: Path, sizes: Mapping[str, int], limit: int = MAX_PACKA
     for name, size in sizes.items():
         top = name.partition("/")[0]
         parts[top] = parts.get(top, 0) + size
-    largest = sorted(parts, key=lambda name: -parts[name])[:LARGEST_SHOWN]
+    names = sorted(parts, key=lambda name: -parts[name])[:LARGEST_SHOWN]
+    largest = ", ".join(f"{name} {_mib(parts[name])}" for name in names)
     raise ConfigError(
         f"{folder} has at least {_mib(total)} in {len(sizes)} files to send to the cluster, the "
-        f"limit is {_mib(limit)}; the largest: {', '.join(f'{n} {_mib(parts[n])}' for n in largest)}; name "
+        f"limit is {_mib(limit)}; the largest: {largest}; name "
         "what a job does not need in .gitignore or .rayignore; data belongs into a folder that the "
         "nodes share"
     )
