@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from service.cluster import RunError
+from service.cluster import RunError, uses_gpu
 from service.config import ConfigError, ScalingConfig
 from service.environment import worker_environment
 
@@ -242,7 +242,7 @@ def head_share(
     if scaling and not all_of_it:
         cpus = scaling.max_workers * scaling.cpus_per_worker
         part = cpus / have["CPU"] if have.get("CPU") else 1.0
-        if scaling.device != "cpu" and have.get("GPU"):
+        if uses_gpu(scaling, have) and have.get("GPU"):
             part = max(part, scaling.max_workers / have["GPU"])
     share = HEAD_SHARE * min(1.0, max(part, 1 / MAX_DRIVERS))
     return math.floor(share * 1e4) / 1e4
