@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from service.config import RunConfig
+    from service.config import RunConfig, ScalingConfig
     from service.console import Console
     from service.faults import Fault
+    from service.jobs import Job, Jobs
 
 DESCRIPTION = """\
 Train multimodal models that use all their modalities: MIDAS and its rivals on Ray.
@@ -27,11 +28,13 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
   midas verify RUN                        take its last steps again and compare
   midas ui                                look at the runs
   midas doctor                            is this machine fit for it, and is it safe
+  midas submit train digits               the same, as a job on a cluster
 """
 
 
 PRESET_VERBS = ("prepare", "train", "compare", "bench", "tune")
 PLAIN_FLAGS = ("--json", "--debug", "--dry-run")
+JOB_VERBS = ("submit", "jobs", "logs", "stop")
 
 
 def command() -> NoReturn:
@@ -50,12 +53,12 @@ def command() -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `midas` command; returns the exit code."""
     args, rest = _parser().parse_known_args(_with_preset(sys.argv[1:] if argv is None else argv))
-    if rest and args.verb in ("ui", "evaluate", "verify", "sync", "migrate", "doctor"):
+    if rest and args.verb not in PRESET_VERBS:
         _parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
     from service.console import Console
-    from service.environment import configure_ray
+    from service.environment import configure_client, configure_ray
 
-    configure_ray()
+    configure_client() if args.verb in JOB_VERBS else configure_ray()
     console = Console(json_mode=args.json)
     console.setup_logging()
     try:
@@ -79,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.json:
         console.json_line(result)
+    if "exit_code" in result:
+        return result["exit_code"]
     failures = ("verify/equal", "chaos/recovered", "doctor/ok", "sync/complete")
     return int(any(result.get(name) is False for name in failures))
 
@@ -198,7 +203,42 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--security", action="store_true", help="list what is open, and to whom; check nothing else"
     )
+    _add_job_verbs(verb)
     return parser
+
+
+def _add_job_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument(
+        "--address",
+        metavar="URL",
+        help="dashboard of the cluster's head (default: RAY_API_SERVER_ADDRESS, or "
+        "http://127.0.0.1:8265)",
+    )
+    place.add_argument(
+        "--insecure", action="store_true", help="send the token in clear to another machine"
+    )
+    submit = verb("submit", "run a verb as a job on a cluster", preset=False, parent=place)
+    submit.add_argument("--follow", action="store_true", help="show its output until it ends")
+    submit.add_argument(
+        "--uv",
+        action="store_true",
+        help="run in the environment that `uv run` makes of this folder, not in the image's",
+    )
+    submit.add_argument(
+        "--with-secrets",
+        action="store_true",
+        help="send passwords of this environment, which the cluster's users can read",
+    )
+    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="VERB ...")
+    verb("jobs", "list the jobs of a cluster", preset=False, parent=place)
+    logs = verb("logs", "show what a job writes", preset=False, parent=place)
+    logs.add_argument("job", metavar="JOB")
+    logs.add_argument(
+        "--follow", action="store_true", help="until it ends; the exit code is that of the job"
+    )
+    stop = verb("stop", "stop a job; a training saves its state", preset=False, parent=place)
+    stop.add_argument("job", metavar="JOB")
 
 
 def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
@@ -443,6 +483,115 @@ def _doctor(args: argparse.Namespace, rest: list[str], console: "Console") -> di
     findings = look(Path(args.storage))
     console.findings(findings)
     return doctor.summary(findings)
+def _submit(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    """Everything that can be checked here is checked before anything is sent."""
+    from service import jobs
+    from service.cluster import check_cluster_capacity
+
+    words = args.words[1:] if args.words[:1] == ["--"] else args.words
+    if not words or words[0] in (*JOB_VERBS, "ui"):
+        verbs = ", ".join(name for name in VERBS if name not in (*JOB_VERBS, "ui"))
+        _parser().error(f"submit takes its own flags, then what is to run: {verbs}")
+    jobs.check_arguments(words)
+    scaling, paths, name = _needs(words)
+    jobs.check_paths(paths)
+    cluster = jobs.Jobs(args.address, insecure=args.insecure)
+    have = cluster.resources()
+    if scaling and have:
+        check_cluster_capacity(scaling, have)
+    share = jobs.head_share(scaling, have, all_of_it=words[0] == "tune")
+    job = cluster.submit(
+        words,
+        Path.cwd(),
+        name=name,
+        share=share,
+        uv=args.uv,
+        with_secrets=args.with_secrets,
+    )
+    console.submitted(job, cluster.url if args.address else None)
+    if args.follow:
+        return _follow(cluster, job, console)
+    return {"job": job, "address": cluster.url}
+
+
+def _needs(words: list[str]) -> "tuple[ScalingConfig | None, dict[str, str | None], str]":
+    """Workers, paths by their flags, and name of the run that a command line asks for.
+
+    Raises:
+        ConfigError, SystemExit: the command line would fail.
+    """
+    from service.config import ScalingConfig
+
+    args, rest = _parser().parse_known_args(_with_preset(words))
+    stored = getattr(args, "resume", None) or getattr(args, "status", None)
+    if stored or getattr(args, "runs", None):
+        return None, {"--storage": _flag(rest, "--storage", "runs")}, stored or ""
+    if args.verb in PRESET_VERBS:
+        config = _config(args, rest)
+        paths = {
+            "--storage": config.storage,
+            "--data.root": config.data.root,
+            "--manifest": config.data.table,
+            "--data.storage": config.data.storage,
+            "--checkpoint.storage": config.checkpoint.storage,
+        }
+        return None if args.verb == "prepare" else config.scaling, paths, config.name or ""
+    if rest:
+        _parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
+    device, workers = getattr(args, "device", "auto"), getattr(args, "workers", None)
+    scaling = ScalingConfig(num_workers=workers, device=device) if workers else None
+    return scaling, {"--storage": getattr(args, "storage", None)}, getattr(args, "run", "")
+
+
+def _flag(words: list[str], name: str, default: str) -> str:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="value", default=default)
+    return parser.parse_known_args(words)[0].value
+
+
+def _follow(cluster: "Jobs", job: str, console: "Console") -> dict[str, Any]:
+    try:
+        ended = cluster.follow(job, console.raw)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"following ended, job {job} goes on; midas logs {job} --follow follows it again, "
+            f"midas stop {job} stops it"
+        ) from None
+    return _ended(ended, console)
+
+
+def _ended(job: "Job", console: "Console") -> dict[str, Any]:
+    console.job_ended(job.id, job.state, job.exit_code, job.reason)
+    return {"job": job.id, "state": job.state, "exit_code": job.exit_code}
+
+
+def _jobs(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import jobs
+
+    found = jobs.Jobs(args.address, insecure=args.insecure).all()
+    console.jobs(found)
+    return jobs.jobs_record(found)
+
+
+def _logs(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import jobs
+
+    cluster = jobs.Jobs(args.address, insecure=args.insecure)
+    if args.follow:
+        return _follow(cluster, args.job, console)
+    console.raw(cluster.logs(args.job))
+    found = cluster.get(args.job)
+    return {"job": found.id, "state": found.state}
+
+
+def _stop(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import jobs
+
+    cluster = jobs.Jobs(args.address, insecure=args.insecure)
+    console.status(f"stopping {args.job}; a training saves its state first")
+    found = cluster.stop(args.job)
+    console.job_ended(found.id, found.state, found.exit_code, found.reason)
+    return {"job": found.id, "state": found.state}
 
 
 VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, Any]]] = {
@@ -457,6 +606,10 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, 
     "sync": _sync,
     "migrate": _migrate,
     "doctor": _doctor,
+    "submit": _submit,
+    "jobs": _jobs,
+    "logs": _logs,
+    "stop": _stop,
 }
 
 if __name__ == "__main__":

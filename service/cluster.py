@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -33,6 +34,8 @@ RESOURCE_POLL_SECONDS = 2.0
 HEAD_SECONDS = 20.0
 # What an interrupted driver gives the workers for a checkpoint; a second signal ends the wait.
 STOP_SECONDS = 20.0
+# A signal to a process and to the one that started it, which passes it on, is one signal.
+SAME_SIGNAL_SECONDS = 1.0
 CONNECTION_WORDS = ("connection", "peer", "socket", "timed out", "timeout", "barrier")
 
 
@@ -88,7 +91,7 @@ class Session:
             raise self._error
         import ray
 
-        _check_cluster_capacity(self._scaling, ray.cluster_resources())
+        check_cluster_capacity(self._scaling, ray.cluster_resources())
 
     def end(self) -> None:
         """Begin to end Ray, beside what the caller does next."""
@@ -331,7 +334,12 @@ def check_local_capacity(scaling: ScalingConfig) -> None:
         )
 
 
-def _check_cluster_capacity(scaling: ScalingConfig, have: Mapping[str, float]) -> None:
+def check_cluster_capacity(scaling: ScalingConfig, have: Mapping[str, float]) -> None:
+    """The workers must fit a cluster that has these resources.
+
+    Raises:
+        RunError: they do not.
+    """
     if missing := _missing(scaling, have):
         raise RunError(f"{missing}; use fewer workers, add nodes, or take scaling.device=cpu")
 
@@ -471,12 +479,21 @@ def _ask_to_stop(ended: threading.Event, folder: Path) -> None:
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
     """SIGINT and SIGTERM raise KeyboardInterrupt; earlier handlers come back at the end."""
+    with _handlers(_interrupt):
+        yield
 
-    def interrupt(signum: int, frame: object) -> None:
+
+def _interrupt(signum: int, frame: object) -> None:
+    """Raise, but not for the echo of a signal: Ray stops a job by a signal to all its processes,
+    and `uv run` passes on what it gets."""
+    now = time.monotonic()
+    is_echo = now - _signalled.get(signum, -math.inf) < SAME_SIGNAL_SECONDS
+    _signalled[signum] = now
+    if not is_echo:
         raise KeyboardInterrupt(f"signal {signum}")
 
-    with _handlers(interrupt):
-        yield
+
+_signalled: dict[int, float] = {}
 
 
 @contextlib.contextmanager

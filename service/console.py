@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO, cast
@@ -28,10 +29,12 @@ from rich.table import Table
 from rich.text import Text
 
 from service.redaction import RedactedStream, redact
+from service.tracking import run_page
 
 if TYPE_CHECKING:
     from data.prepare import PrepareReport
     from service.doctor import Finding
+    from service.jobs import Job
     from service.launch import RunOutcome
 
 logger = logging.getLogger(__name__)
@@ -188,7 +191,7 @@ class Console:
         uri, folder = outcome.result["mlflow_uri"], outcome.folder
         default_storage = Path("runs").resolve()
         storage = "" if folder.parent == default_storage else f" --storage {folder.parent}"
-        tracking = uri if uri.startswith("http") else f"midas ui{storage}"
+        tracking = run_page(uri, outcome.result["mlflow_run_id"]) or f"midas ui{storage}"
         evaluate = f"midas evaluate {folder.name} --split val{storage}"
         self.summary_table(outcome.result, folder, tracking, evaluate)
 
@@ -197,7 +200,7 @@ class Console:
     ) -> None:
         """Prints the results of a run, where its files and curves are, and what to type next.
 
-        `tracking` is the address of the MLflow server, or the command that starts one.
+        `tracking` is the run's page on the MLflow server, or the command that starts one.
         """
         self.metrics_table(result)
         self.out.print()
@@ -280,6 +283,40 @@ class Console:
         states = [finding.state for finding in findings]
         counts = f"{states.count('fix')} to fix, {states.count('warn')} to know about"
         self.out.print(Text(f"{len(findings)} checks: {counts}", "bold"))
+    def submitted(self, job: str, address: str | None) -> None:
+        """Prints the id of a job that was submitted, and what to type next."""
+        place = f" --address {address}" if address else ""
+        self._places(
+            {
+                "job": job,
+                "follow": f"midas logs {job} --follow{place}",
+                "stop": f"midas stop {job}{place}",
+            }
+        )
+
+    def jobs(self, jobs: Sequence[Job]) -> None:
+        """Prints the jobs of a cluster, the newest last."""
+        table = _new_table("job", "state", "exit code", "submitted", "time", "name", "command")
+        for job in jobs:
+            since = datetime.fromtimestamp(job.submitted).strftime("%m-%d %H:%M:%S")
+            code = "" if job.exit_code is None else str(job.exit_code)
+            cells = (job.id, job.state, code, since, _clock(job.seconds), job.name, job.command)
+            table.add_row(*(Text(cell) for cell in cells))
+        self.out.print(table)
+
+    def job_ended(self, job: str, state: str, code: int | None, reason: str) -> None:
+        """Says how a job ended, or that it has not."""
+        text = f"job {job}: {state}" + ("" if code is None else f", exit code {code}")
+        if state == "PENDING":
+            text += "; it waits for a place and ends when it gets one"
+        elif code is None:
+            text += "; it has not ended yet"
+        self.status(f"{text}; {reason}" if reason else text)
+
+    def raw(self, text: str) -> None:
+        """Passes on what a job has written."""
+        self.out.file.write(text)
+        self.out.file.flush()
 
     def error_panel(self, message: str) -> None:
         """Prints one paragraph in red on stderr."""

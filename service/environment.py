@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from pathlib import Path
 
 RAY_ENVIRONMENT = {
     # One report costs up to one poll interval; the default of 2 s would dominate short epochs.
@@ -58,6 +59,20 @@ def configure_ray() -> None:
     ):
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def configure_client() -> None:
+    """Set what a client of another cluster needs: no cluster of its own, and no token of its own.
+
+    Where there is a token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or Ray's file in the home
+    directory), it is used, unless RAY_AUTH_MODE says otherwise. Must come before the first import
+    of ray.
+    """
+    defaults = RAY_ENVIRONMENT | MEMORY_ENVIRONMENT
+    os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if given or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def environment() -> dict[str, str | None]:

@@ -332,6 +332,8 @@ class _Run:
             dataset=tracking.DatasetInfo(self._manifest.name, digest, self._manifest.rows("train")),
             run_id=known.get("mlflow_run_id") or None,
         )
+        if page := tracking.run_page(self._uri, self._run_id):
+            log.info("MLflow: %s", page)
         about = {
             "mlflow_run_id": self._run_id,
             "mlflow_uri": redact(self._uri),

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from service.outbox import EVENTS_NAME, Due, Outbox
 from service.redaction import has_credentials, redact, redacted
@@ -92,6 +93,15 @@ def for_workers(uri: str) -> dict[str, str | None]:
     An address with a password in it is not written anywhere: workers have it in their environment.
     """
     return {"uri": None if has_credentials(uri) else uri}
+def run_page(uri: str, run_id: str) -> str | None:
+    """The page of a run on a tracking server; None for a store that no server shows,
+    and for a run that MLflow has not made yet.
+    """
+    if not uri.startswith(SERVERS) or not run_id:
+        return None
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]  # without a password
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/#/runs/{run_id}"
 
 
 def load(uri: str) -> None:

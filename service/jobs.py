@@ -1,0 +1,697 @@
+"""Jobs: commands of this command line that run on a cluster, through Ray's Jobs API.
+
+The cluster holds the queue. Every job takes the share of the head node's own resource that its
+workers are of the cluster, so that Ray starts a driver when there is room for its workers and
+keeps the others waiting, without a process each. A job may take `STOP_SECONDS` to save its state
+when it is stopped: Ray reads that time in the job's environment, where `submit` puts it.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import math
+import os
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from service.cluster import RunError, uses_gpu
+from service.config import ConfigError, ScalingConfig
+from service.environment import worker_environment
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+log = logging.getLogger(__name__)
+
+DEFAULT_URL = "http://127.0.0.1:8265"
+# Left out beside what .gitignore and .rayignore name: results, environments, what looks secret.
+EXCLUDES = (
+    *("/runs", "/dist", "mlruns", "mlartifacts", "mlflow.db", ".git", ".venv", "venv"),
+    *("__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis", "node_modules"),
+    *(".env", ".env.*", "*.pem", "*.key", ".netrc", ".ssh", ".aws", "auth_token"),
+)
+MAX_PACKAGE_BYTES = 50 << 20
+LARGEST_SHOWN = 3
+SECRET_NAME = re.compile(r"PASSWORD|PASSPHRASE|TOKEN|SECRET|CREDENTIAL|_KEY$", re.IGNORECASE)
+SECRET_IN_URL = re.compile(
+    r"://[^/?#\s]*:[^/?#\s]*@|[?&][^=&]*(password|secret|token|access_?key)[^=&]*=", re.IGNORECASE
+)
+# Every head node has one of it; Ray's own services may hold a little.
+HEAD_RESOURCE, HEAD_SHARE = "node:__internal_head__", 0.99
+MAX_DRIVERS = 8
+STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_SECONDS = 120
+ANSWER_SECONDS = 10.0
+# How long a cluster may be away before following ends; the job is not touched.
+AWAY_SECONDS = 60.0
+POLL_SECONDS = 0.5
+QUIET_SECONDS = 15.0
+STOPPED_CODE = 130
+PYTHON_HEADER = re.compile(r"Python/(\d+\.\d+)")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a cluster says of itself.
+
+    Attributes:
+        ray: version.
+        python: major and minor version of its head, where it is told.
+    """
+
+    url: str
+    ray: str
+    python: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, as a person wants to see it.
+
+    Attributes:
+        state: PENDING (in the queue), RUNNING, SUCCEEDED, FAILED or STOPPED.
+        submitted: seconds since 1970.
+        seconds: since then, until its end or now.
+        exit_code: of its command; None before the end.
+        reason: why it failed, if its command never ran.
+    """
+
+    id: str
+    state: str
+    command: str
+    name: str
+    submitted: float
+    seconds: float
+    exit_code: int | None
+    reason: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self.exit_code is not None
+
+
+def jobs_url(given: str | None, environ: Mapping[str, str]) -> str:
+    """The cluster's address for jobs: given, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.
+
+    Raises:
+        ConfigError: it is not the address of a dashboard.
+    """
+    places = (
+        ("--address", given),
+        *((name, environ.get(name)) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")),
+    )
+    source, value = next(((name, text) for name, text in places if text), ("", DEFAULT_URL))
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        host = parts.hostname or value.partition(":")[0] or "HEAD"
+        raise ConfigError(
+            f"{source}={value} is no address for jobs, which go to the head's dashboard: "
+            f"--address http://{host}:8265, or https:// where it has TLS"
+        )
+    if parts.username or parts.password:
+        raise ConfigError(
+            f"{source} holds a user or password; addresses end up in logs; take it out, and give "
+            "the cluster's token in RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        )
+    return value.rstrip("/")
+
+
+def check_clear_text(url: str, has_token: bool, *, insecure: bool) -> None:
+    """Refuse to send a token in clear beyond this machine.
+
+    Raises:
+        ConfigError: it would be.
+    """
+    parts = urlsplit(url)
+    if insecure or not has_token or parts.scheme == "https" or _is_loopback(parts.hostname or ""):
+        return
+    raise ConfigError(
+        f"{url} is another machine without TLS: everyone on the way could read the token, and who "
+        "has it can run anything on the cluster; use https://, a tunnel (ssh -L 8265:localhost:8265"
+        f" {parts.hostname}, then --address {DEFAULT_URL}), or --insecure in a network you trust"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_versions(cluster: Cluster, ray_version: str, python: str) -> None:
+    """Compare the cluster's versions with those of this side.
+
+    Raises:
+        RunError: they differ.
+    """
+    for name, theirs, ours, remedy in (
+        ("Ray", cluster.ray, ray_version, f'uv pip install "ray=={cluster.ray}"'),
+        ("Python", cluster.python, python, f"uv python install {cluster.python}"),
+    ):
+        if theirs and theirs != ours:
+            raise RunError(
+                f"the cluster at {cluster.url} runs {name} {theirs}, this command {name} {ours}; "
+                f"they must be equal; here: {remedy}, or start the cluster from an image that has "
+                f"{name} {ours}"
+            )
+
+
+def check_arguments(command: Sequence[str]) -> None:
+    """A job's command can be read by everyone who may see the cluster.
+
+    Raises:
+        ConfigError: it holds a secret.
+    """
+    for word in command:
+        if SECRET_IN_URL.search(word):
+            where = word.partition("://")[0]
+            raise ConfigError(
+                f"an argument, {where}://..., holds a password or key, and the command of a job "
+                "can be read by everyone who may see the cluster; take it out and give the nodes "
+                "the credentials in their environment (AWS_SHARED_CREDENTIALS_FILE, ...)"
+            )
+
+
+def check_paths(paths: Mapping[str, str | None]) -> None:
+    """Refuse folders that would be inside a job's own copy of the working directory.
+
+    Args:
+        paths: by the flag that sets them.
+
+    Raises:
+        ConfigError: one is relative.
+    """
+    for flag, path in paths.items():
+        if path and "://" not in path and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{flag} {path} is relative: on the cluster it would be inside the job's copy of "
+                "this folder, which Ray removes; give the path of a folder that all nodes share, "
+                f"as in {flag} /mnt/midas"
+            )
+
+
+def entrypoint(command: Sequence[str], *, uv: bool) -> str:
+    """The shell command that runs `midas` COMMAND in the unpacked working directory."""
+    python = ["uv", "run", "--no-dev", "python"] if uv else ["python"]
+    return shlex.join([*python, "-m", "service", *command])
+
+
+def job_environment(
+    environ: Mapping[str, str], *, uv: bool, with_secrets: bool
+) -> tuple[dict[str, str], list[str]]:
+    """The variables a job gets, and the names of those that are left out because they are secret.
+
+    Args:
+        environ: candidates; see `worker_environment`.
+    """
+    found = dict(environ)
+    hidden = [
+        name
+        for name, value in found.items()
+        if not with_secrets and (SECRET_NAME.search(name) or SECRET_IN_URL.search(value))
+    ]
+    for name in hidden:
+        del found[name]
+    if uv:  # the workers' environment is that of the driver, which uv makes
+        found["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "1"
+    found[STOP_VARIABLE] = os.environ.get(STOP_VARIABLE, str(STOP_SECONDS))
+    return found, sorted(hidden)
+
+
+def head_share(
+    scaling: ScalingConfig | None, have: Mapping[str, float], *, all_of_it: bool
+) -> float:
+    """How much of the head's resource a job takes while it runs.
+
+    Args:
+        scaling: its workers; None if it needs few.
+        have: CPUs and GPUs of the cluster.
+        all_of_it: whether it takes what there is, as a sweep does.
+    """
+    part = 1.0 if all_of_it else 0.0
+    if scaling and not all_of_it:
+        cpus = scaling.max_workers * scaling.cpus_per_worker
+        part = cpus / have["CPU"] if have.get("CPU") else 1.0
+        if uses_gpu(scaling, have) and have.get("GPU"):
+            part = max(part, scaling.max_workers / have["GPU"])
+    share = HEAD_SHARE * min(1.0, max(part, 1 / MAX_DRIVERS))
+    return math.floor(share * 1e4) / 1e4
+
+
+def job_id(command: Sequence[str], name: str) -> str:
+    """A new id that says what the job is."""
+    words = [command[0], name or next((w for w in command[1:2] if not w.startswith("-")), "")]
+    text = "-".join(re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(word).stem) for word in words if word)
+    return f"{text[:60]}-{secrets.token_hex(3)}"
+
+
+def package_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files of a working directory that would be sent, by relative path.
+
+    Looking ends at several times the limit: the folder may be a home directory.
+    """
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    sizes: dict[str, int] = {}
+    total = 0
+
+    def add(path: Path) -> None:
+        nonlocal total
+        if path.is_file():
+            size = path.stat().st_size
+            sizes[str(path.relative_to(folder))] = size
+            total += size
+        if total > 4 * MAX_PACKAGE_BYTES:
+            raise _EnoughError
+
+    quiet = logging.getLogger(f"{__name__}.quiet")
+    quiet.setLevel(logging.CRITICAL)
+    excludes = [_get_excludes(folder, list(EXCLUDES))]
+    with contextlib.suppress(_EnoughError):
+        _dir_travel(folder, excludes, add, include_gitignore=True, logger=quiet)
+    return sizes
+
+
+class _EnoughError(Exception):
+    """There is more than would ever be sent."""
+
+
+def check_package(folder: Path, sizes: Mapping[str, int], limit: int = MAX_PACKAGE_BYTES) -> None:
+    """Refuse to send a working directory with data in it.
+
+    Raises:
+        ConfigError: it is larger than the limit, in bytes.
+    """
+    total = sum(sizes.values())
+    if total <= limit:
+        return
+    parts: dict[str, int] = {}
+    for name, size in sizes.items():
+        top = name.partition("/")[0]
+        parts[top] = parts.get(top, 0) + size
+    names = sorted(parts, key=lambda name: -parts[name])[:LARGEST_SHOWN]
+    largest = ", ".join(f"{name} {_mib(parts[name])}" for name in names)
+    raise ConfigError(
+        f"{folder} has at least {_mib(total)} in {len(sizes)} files to send to the cluster, the "
+        f"limit is {_mib(limit)}; the largest: {largest}; name "
+        "what a job does not need in .gitignore or .rayignore; data belongs into a folder that the "
+        "nodes share"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+class Jobs:
+    """The jobs of one cluster.
+
+    Args:
+        address: see `jobs_url`.
+        insecure: allow a token in clear beyond this machine.
+
+    Raises:
+        ConfigError: the address cannot be used.
+        RunError: nothing answers there, the token is refused, or versions differ.
+    """
+
+    def __init__(self, address: str | None, *, insecure: bool):
+        import platform
+
+        self.url = jobs_url(address, os.environ)
+        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        check_clear_text(self.url, has_token, insecure=insecure)
+        _silence()
+        import ray
+
+        cluster = _ask(self.url)
+        check_versions(cluster, ray.__version__, ".".join(platform.python_version_tuple()[:2]))
+        if cluster.python is None:
+            log.info("%s does not tell its Python version: it was not compared", self.url)
+        self._client = _client(self.url)
+
+    def resources(self) -> dict[str, float]:
+        """What all nodes of the cluster have together, by name."""
+        answer = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
+        nodes = answer.json()["data"]["result"]["result"] if answer.status_code == 200 else []
+        found: dict[str, float] = {}
+        for node in nodes:
+            if node["state"] == "ALIVE":
+                for name, amount in node["resources_total"].items():
+                    if isinstance(amount, int | float):  # memory comes as text
+                        found[name] = found.get(name, 0.0) + amount
+        return found
+
+    def submit(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        *,
+        name: str = "",
+        share: float,
+        uv: bool = False,
+        with_secrets: bool = False,
+    ) -> str:
+        """Send a working directory and run a command in it; returns the job's id at once.
+
+        Args:
+            command: verb and arguments of `midas`.
+            name: of the run, for `list`.
+            share: see `head_share`.
+            uv: run in the environment that `uv run` makes of the working directory.
+            with_secrets: send passwords of this environment too.
+
+        Raises:
+            ConfigError: the folder is too large, or the command holds a secret.
+            RunError: the cluster did not take it.
+        """
+        check_arguments(command)
+        check_package(folder, package_sizes(folder))
+        self._warn_of_loopback(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        variables, hidden = job_environment(worker_environment(), uv=uv, with_secrets=with_secrets)
+        if hidden:
+            log.warning(
+                "not sent: %s; a job's environment can be read by everyone with the cluster's "
+                "token; set it on the nodes, or add --with-secrets",
+                ", ".join(hidden),
+            )
+        subject = next((word for word in command[1:2] if not word.startswith("-")), "")
+        with _answered(self.url):
+            return self._client.submit_job(
+                entrypoint=entrypoint(command, uv=uv),
+                submission_id=job_id(command, name),
+                runtime_env={
+                    "working_dir": str(folder),
+                    "excludes": list(EXCLUDES),
+                    "env_vars": variables,
+                },
+                metadata={"verb": command[0], "preset": subject, "name": name},
+                entrypoint_resources={HEAD_RESOURCE: share},
+            )
+
+    def all(self) -> list[Job]:
+        """All jobs that were submitted, the oldest first."""
+        with _answered(self.url):
+            found = self._client.list_jobs()
+        jobs = [_job(details) for details in found if details.submission_id]
+        return sorted(jobs, key=lambda job: job.submitted)
+
+    def get(self, job: str) -> Job:
+        """One job.
+
+        Raises:
+            RunError: there is none of this id.
+        """
+        return _job(self._details(job))
+
+    def logs(self, job: str) -> str:
+        """What a job has written so far."""
+        self.get(job)
+        with _answered(self.url):
+            return self._client.get_job_logs(job)
+
+    def follow(self, job: str, write: Callable[[str], None]) -> Job:
+        """Write what a job writes until it ends, also over a connection that breaks.
+
+        Raises:
+            RunError: the cluster was away for AWAY_SECONDS; the job may go on.
+        """
+        self.get(job)
+        tail = _Tail(self._client, job, write)
+        answered = time.monotonic()
+        while True:
+            with contextlib.suppress(*_broken()):
+                asyncio.run(tail.run())
+            try:
+                if (found := self.get(job)).ended:
+                    return found
+                answered = time.monotonic()
+            except AwayError as error:
+                if time.monotonic() - answered > AWAY_SECONDS:
+                    raise RunError(
+                        f"the cluster at {self.url} has not answered for {AWAY_SECONDS:g} s; job "
+                        f"{job} may go on; midas logs {job} --follow follows it again"
+                    ) from error
+            time.sleep(POLL_SECONDS)
+
+    def stop(self, job: str) -> Job:
+        """Stop a job and wait for its end; a training saves its state and can be continued.
+
+        Ray gives a job 3 s, or what the variable RAY_JOB_STOP_WAIT_TIME_S of its environment
+        says. Where it says nothing, the driver is asked by a signal first. A job that is still in
+        the queue stays there until it gets a place, and ends then.
+
+        Raises:
+            RunError: there is none of this id, or it goes on.
+        """
+        details = self._details(job)
+        if (found := _job(details)).ended:
+            return found
+        variables = (details.runtime_env or {}).get("env_vars") or {}
+        seconds = _seconds(variables.get(STOP_VARIABLE))
+        if seconds is None and details.driver_info:
+            self._signal(details)
+            found = self._wait(job, STOP_SECONDS)
+        if not found.ended:
+            with _answered(self.url):
+                self._client.stop_job(job)
+            found = self._wait(job, (seconds or 3) + ANSWER_SECONDS)
+        if found.state == "RUNNING":
+            raise RunError(
+                f"job {job} has been asked to stop and still runs; midas logs {job} shows why; "
+                "Ray kills it at the end of its time"
+            )
+        return found
+
+    def _warn_of_loopback(self, tracking: str) -> None:
+        places = [urlsplit(uri).hostname or "" for uri in (self.url, tracking)]
+        if "://" in tracking and [_is_loopback(place) for place in places] == [False, True]:
+            log.warning("MLFLOW_TRACKING_URI=%s: on the cluster that is another machine", tracking)
+
+    def _details(self, job: str) -> "JobDetails":
+        with _answered(self.url):
+            try:
+                return self._client.get_job_info(job)
+            except RuntimeError as error:
+                if "404" not in str(error):
+                    raise
+                raise RunError(
+                    f"{self.url} knows no job {job!r}; midas jobs lists those it knows (they are "
+                    "forgotten when the head starts anew)"
+                ) from error
+
+    def _wait(self, job: str, seconds: float) -> Job:
+        deadline = time.monotonic() + seconds
+        while not (found := self.get(job)).ended and time.monotonic() < deadline:
+            if found.state == "PENDING":
+                break  # Ray stops it when it gets a place
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def _signal(self, details: "JobDetails") -> None:
+        """SIGTERM to the driver of a job, from a small job on the same node."""
+        assert details.driver_info
+        pid = int(details.driver_info.pid)
+        place = {"ray.io/node-id": details.driver_node_id} if details.driver_node_id else None
+        with _answered(self.url):
+            helper = self._client.submit_job(
+                entrypoint=f"kill -TERM {pid}", entrypoint_label_selector=place
+            )
+            self._wait(helper, ANSWER_SECONDS)
+            with contextlib.suppress(RuntimeError):
+                self._client.delete_job(helper)
+
+
+class AwayError(RunError):
+    """The cluster does not answer."""
+
+
+class _Tail:
+    """What a job writes, each character once, however often the connection breaks."""
+
+    def __init__(self, client: "JobSubmissionClient", job: str, write: Callable[[str], None]):
+        self._client, self._job, self._write = client, job, write
+        self._seen = 0
+
+    async def run(self) -> None:
+        """Until the stream ends or breaks."""
+        chunks, position = self._client.tail_job_logs(self._job), 0
+        while (chunk := await self._next(chunks)) is not None:
+            new = chunk[max(0, self._seen - position) :]
+            position += len(chunk)
+            self._seen = max(self._seen, position)
+            if new:
+                self._write(new)
+
+    async def _next(self, chunks: Any) -> str | None:
+        task = asyncio.ensure_future(anext(chunks, None))
+        ended = False
+        while not (await asyncio.wait({task}, timeout=QUIET_SECONDS))[0]:
+            if ended:
+                task.cancel()
+                return None
+            # A connection that was cut says nothing, as a job may.
+            details = await asyncio.to_thread(self._client.get_job_info, self._job)
+            ended = details.status.is_terminal()
+        return task.result()
+
+
+def exit_code(state: str, code: int | None) -> int | None:
+    """The exit code of a job's command, as a shell would give it; None before the end."""
+    if state == "STOPPED":
+        return STOPPED_CODE
+    if state == "FAILED":
+        return 1 if code is None else code if code >= 0 else 128 - code
+    return 0 if state == "SUCCEEDED" else None
+
+
+def jobs_record(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Flat: `<id>/<field>`, and the number of jobs."""
+    fields = {f"{job.id}/{k}": v for job in jobs for k, v in asdict(job).items() if k != "id"}
+    return {"jobs": len(jobs), **fields}
+
+
+def _job(details: "JobDetails") -> Job:
+    metadata = details.metadata or {}
+    state = str(details.status.value)
+    code = exit_code(state, details.driver_exit_code)
+    if code == STOPPED_CODE:  # it stopped by itself, asked by a signal
+        state = "STOPPED"
+    began = (details.start_time or 0) / 1000
+    ended = details.end_time / 1000 if details.end_time else time.time()
+    command = " ".join(w for w in (metadata.get("verb"), metadata.get("preset")) if w)
+    return Job(
+        id=details.submission_id or "",
+        state=state,
+        command=command or details.entrypoint,
+        name=metadata.get("name", ""),
+        submitted=began,
+        seconds=max(0.0, ended - began),
+        exit_code=code,
+        reason=_reason(details) if state == "FAILED" else "",
+    )
+
+
+def _reason(details: "JobDetails") -> str:
+    """Why a job failed whose command never ran, or was killed; its own output says the rest."""
+    if details.driver_exit_code is not None and details.driver_exit_code >= 0:
+        return ""
+    text = (details.message or "").strip()
+    if details.error_type == "JOB_SUPERVISOR_ACTOR_START_TIMEOUT":
+        return (
+            "it found no place in time: Ray lets a job wait for 15 minutes, or for "
+            "RAY_JOB_START_TIMEOUT_SECONDS of the head's environment; start the head with more, "
+            "then submit again"
+        )
+    if details.driver_exit_code is not None:
+        return (
+            f"its command was killed by signal {-details.driver_exit_code}; 9 is often the system "
+            "being out of memory; the same command continues at the last checkpoint"
+        )
+    return text.splitlines()[-1] if text else ""
+
+
+def _seconds(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
+
+
+def _ask(url: str) -> Cluster:
+    """Greet a cluster, with the token."""
+    import requests
+    from ray._private.authentication.http_token_authentication import (
+        get_auth_headers_if_auth_enabled,
+    )
+
+    try:
+        answer = requests.get(
+            f"{url}/api/version",
+            headers=get_auth_headers_if_auth_enabled({}),
+            timeout=ANSWER_SECONDS,
+            verify=_certificates(),
+            allow_redirects=False,
+        )
+        if answer.status_code in (401, 403):
+            raise _refused(url, answer.status_code)
+        found = answer.json()["ray_version"]
+    except requests.RequestException as error:
+        raise AwayError(
+            f"no Ray answers jobs at {url}: {type(error).__name__}; its head must run (`ray start "
+            "--head`, which shows the dashboard's address) and be reachable from here; correct "
+            "--address or RAY_API_SERVER_ADDRESS"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{url} answers, but not as Ray's dashboard does ({answer.status_code}); correct "
+            "--address or RAY_API_SERVER_ADDRESS"
+        ) from error
+    python = PYTHON_HEADER.search(answer.headers.get("Server", ""))
+    return Cluster(url, found, python[1] if python else None)
+
+
+def _refused(url: str, status: int) -> RunError:
+    what = "wants a token, and none was sent" if status == 401 else "refused the token"
+    return RunError(
+        f"the cluster at {url} {what}; put its token into a file of yours alone (chmod 600) and "
+        "its path into RAY_AUTH_TOKEN_PATH, or the token into RAY_AUTH_TOKEN"
+    )
+
+
+def _certificates() -> str | bool:
+    """A file of certificates to trust, or the system's."""
+    return os.environ.get("SSL_CERT_FILE") or True
+
+
+def _client(url: str) -> "JobSubmissionClient":
+    """Ray's client for this address, which its environment variables would replace."""
+    from ray.job_submission import JobSubmissionClient
+
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        return JobSubmissionClient(url, verify=_certificates())
+    finally:
+        os.environ.update(kept)
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What is raised where a connection breaks."""
+    import aiohttp
+
+    return (OSError, RuntimeError, aiohttp.ClientError)
+
+
+@contextlib.contextmanager
+def _answered(url: str) -> Iterator[None]:
+    """Raise RunErrors for what Ray's client raises."""
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise _refused(url, 401 if "required" in str(error) else 403) from error
+    except (requests.RequestException, ConnectionError) as error:
+        raise AwayError(f"the cluster at {url} does not answer: {type(error).__name__}") from error
+    except RunError:
+        raise
+    except RuntimeError as error:
+        raise RunError(f"the cluster at {url} refused: {str(error).splitlines()[0]}") from error
+
+
+def _silence() -> None:
+    """Ray's client tells what it packs and where it connects."""
+    import ray.dashboard.modules.job.sdk  # noqa: F401
+
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
+    logging.getLogger("ray._private").setLevel(logging.ERROR)
