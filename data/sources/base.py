@@ -95,6 +95,13 @@ class TensorSource:
     rejected: Sequence[Rejection] = ()
     files: Mapping[str, str] = {}
 
+    def restore(self, files: Mapping[str, str]) -> None:
+        """Take what was learnt from training samples out of a prepared set's files.
+
+        Raises:
+            DataError: a file is missing.
+        """
+
 
 class Purpose(IntEnum):
     """What a random stream is for. NumPy pads seeds with zeros, hence no purpose is 0."""
