@@ -277,9 +277,7 @@ def columns(table: pa.Table, manifest: Manifest, split: Split) -> dict[str, np.n
     return result | tensors(table, manifest.modalities, split)
 
 
-def tensors(
-    table: pa.Table, modalities: Sequence[Modality], split: Split
-) -> dict[str, np.ndarray]:
+def tensors(table: pa.Table, modalities: Sequence[Modality], split: Split) -> dict[str, np.ndarray]:
     """Modality -> (rows, *shape) views of the Arrow buffers of delivered rows: read only."""
     result = {}
     for modality in modalities:

@@ -21,7 +21,7 @@ from data.media_source import load_media, present_classes, root_of, sound
 from data.order import chunk_reads
 from data.pictures import decode_jpeg
 from data.processors import Place, rebuild
-from data.reader import LANE, PRESENT, ShardReader, read_chunks
+from data.reader import PRESENT, ShardReader, read_chunks
 from data.recipes import modality_settings
 from data.schema import (
     MANIFEST_NAME,
@@ -135,8 +135,8 @@ def _check_alike(own: Manifest, wanted: Manifest, folder: Folder) -> None:
     if form(own) != form(wanted):
         raise DataError(
             f"{folder} was prepared in another way than the data of the model (modalities "
-            f"{_about(own)}; the model's {_about(wanted)}; or with another tokenizer or scale); give "
-            "raw files, which are shaped as the model needs them"
+            f"{_about(own)}; the model's {_about(wanted)}; or with another tokenizer or scale); "
+            "give raw files, which are shaped as the model needs them"
         )
 
 

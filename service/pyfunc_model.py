@@ -1,5 +1,5 @@
-"""The code of a registered model, as MLflow wants it: a script that is copied into the model and run
-when it is loaded ("models from code"), so that no object has to be pickled.
+"""The code of a registered model, as MLflow wants it: a script that is copied into the model, and
+run when it is loaded ("models from code"), so that no object has to be pickled.
 
 All it does is to call this package, which must be installed where the model is loaded.
 """

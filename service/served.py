@@ -20,7 +20,7 @@ from torch import Tensor
 from data.reader import PRESENT, tensors
 from data.requests import CHUNK
 from data.schema import MANIFEST_NAME, Manifest, Split
-from service.config import ConfigError, parse_config
+from service.config import ConfigError, RunConfig, parse_config
 from service.files import CONFIG_NAME
 from service.stepper import make_method, row_spec
 from training.augment import augment
@@ -65,7 +65,8 @@ class Answers:
             confidence: probability from which on a modality is sure.
         """
         own_BM = self.modality_predicted_BM
-        sure_BM = self.present_BM & (self.modality_MBC.max(axis=2).T >= confidence)
+        highest_BM = self.modality_MBC.max(axis=2).T
+        sure_BM = self.present_BM & (highest_BM >= confidence)
         high = np.where(sure_BM, own_BM, -1).max(axis=1)
         low = np.where(sure_BM, own_BM, np.iinfo(np.int64).max).min(axis=1)
         return sure_BM.any(axis=1) & (low != high)
@@ -83,6 +84,7 @@ class Served:
         manifest: of the data it was trained on.
         method: in eval mode, on `device`.
         kept: files that raw data are shaped with.
+        specs: modality -> how delivered rows become inputs.
 
     Raises:
         ConfigError: a file is missing or is not what its name says.
@@ -94,7 +96,9 @@ class Served:
                 f"{where} lacks {', '.join(missing)}; a model has {', '.join(NEEDED)}; register "
                 "its run again"
             )
-        self.config = parse_config(files[CONFIG_NAME].decode(), f"{where}/{CONFIG_NAME}")
+        self.config = _self_contained(
+            parse_config(files[CONFIG_NAME].decode(), f"{where}/{CONFIG_NAME}")
+        )
         try:
             self.manifest = Manifest.model_validate_json(files[MANIFEST_NAME])
         except ValueError as error:
@@ -111,12 +115,12 @@ class Served:
         if precision == "auto":
             self.method.model.precision = notes["precision"]
         self.method.to(self.device).eval()
-        self._specs = {m.name: row_spec(m, self.config) for m in self.manifest.modalities}
+        self.specs = {m.name: row_spec(m, self.config) for m in self.manifest.modalities}
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """Names, in the order of bits and columns."""
-        return tuple(self._specs)
+        return tuple(self.specs)
 
     @torch.no_grad()
     def __call__(self, rows: Mapping[str, np.ndarray], present_BM: np.ndarray) -> Answers:
@@ -144,8 +148,18 @@ class Served:
 
     def _input(self, name: str, rows: np.ndarray) -> Tensor:
         value = torch.from_numpy(np.array(rows)).to(self.device)  # a copy: others are read only
-        spec = self._specs[name]
+        spec = self.specs[name]
         return value if spec is None else augment(value, spec, None)
+
+
+def _self_contained(config: RunConfig) -> RunConfig:
+    """Without weights to begin training with, which the model's own replace."""
+    encoders = {
+        name: encoder.model_copy(update={"weights": "none"})
+        for name, encoder in config.model.encoders.items()
+    }
+    model = config.model.model_copy(update={"encoders": encoders})
+    return config.model_copy(update={"model": model})
 
 
 @dataclass(frozen=True)
