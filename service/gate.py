@@ -100,7 +100,7 @@ def decide(new: Contender, champion: Contender | None, rules: Rules) -> Decision
         return Decision(refusals, numbers)
     gain = round(new.accuracy - champion.accuracy, EXACT_DIGITS)
     numbers |= {"gain": gain, "margin": rules.margin}
-    if not (gain > 0 and gain >= rules.margin):
+    if math.isfinite(new.accuracy) and not (gain > 0 and gain >= rules.margin):
         refusals.append(
             f"its {ACCURACY} {new.accuracy:.4f} is not above the champion's "
             f"{champion.accuracy:.4f} (version {champion.version}) by the margin of "

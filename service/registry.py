@@ -96,6 +96,8 @@ def register(
     Raises:
         ConfigError: MLflow refuses.
     """
+    from mlflow.entities import LoggedModelOutput
+
     with _asking(uri, f"register run {tags[RUN_TAG]} as {name}") as client:
         experiment = client.get_run(run_id).info.experiment_id
         for found in client.search_model_versions(f"name='{name}'"):
@@ -110,6 +112,7 @@ def register(
             client.log_model_artifacts(model.model_id, str(folder))
             tags = {**tags, FILES_TAG: files_digest(folder)}
         client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         made = client.create_model_version(
             name,
             f"models:/{model.model_id}",

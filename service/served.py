@@ -41,18 +41,15 @@ class Answers:
         predicted_B: class of the highest fused logit, int64.
         modality_MBC: probabilities of each modality's own head, or of what the method has in its
             place (see `Method.predict`), float32.
+        modality_predicted_BM: class that each modality alone would choose, int64.
         present_BM: which modalities the rows have.
     """
 
     probability_BC: np.ndarray
     predicted_B: np.ndarray
     modality_MBC: np.ndarray
+    modality_predicted_BM: np.ndarray
     present_BM: np.ndarray
-
-    @property
-    def modality_predicted_BM(self) -> np.ndarray:
-        """Class that each modality alone would choose."""
-        return self.modality_MBC.argmax(axis=2).T
 
     def modality_confidence_BM(self, class_B: np.ndarray) -> np.ndarray:
         """Probability that each modality gives to a class of every row."""
@@ -132,8 +129,13 @@ class Served:
         ]
         fused, own = (torch.cat(values) for values in zip(*parts, strict=True))
         probability_BC, own_BMC = (wide(z).softmax(dim=-1).float().numpy() for z in (fused, own))
-        predicted_B = fused.argmax(dim=1).numpy()
-        return Answers(probability_BC, predicted_B, own_BMC.transpose(1, 0, 2), present_BM)
+        return Answers(
+            probability_BC,
+            fused.argmax(dim=1).numpy(),
+            own_BMC.transpose(1, 0, 2),
+            own.argmax(dim=2).numpy(),
+            present_BM,
+        )
 
     def _chunk(
         self, rows: Mapping[str, np.ndarray], present_BM: np.ndarray

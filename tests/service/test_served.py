@@ -28,7 +28,7 @@ def answers(*modality: list[list[float]], present: list[list[bool]] | None = Non
     own = np.array(modality, np.float32)
     fused = own.mean(axis=0)
     there = np.ones((own.shape[1], own.shape[0]), bool) if present is None else np.array(present)
-    return Answers(fused, fused.argmax(axis=1), own, there)
+    return Answers(fused, fused.argmax(axis=1), own, own.argmax(axis=2).T, there)
 
 
 def manifest(*names: str, optional: bool = False) -> Manifest:
