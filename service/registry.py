@@ -105,7 +105,7 @@ def register(
             if same and found.status == "READY":
                 return _version(found)
         _create_name(client, name)
-        model = client.create_logged_model(experiment, name, run_id, model_type="midas")
+        model = client.create_logged_model(experiment, "model", run_id, model_type="midas")
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "version"
             _write(folder, Path(scratch), model.model_id, run_id, files, example)
