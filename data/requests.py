@@ -100,7 +100,7 @@ def _of_shards(folder: Folder, manifest: Manifest, split: Split | None) -> list[
     own = load_manifest(folder)
     _check_alike(own, manifest, folder)
     verify_shards(own, folder)
-    splits = [split] if split else [name for name in own.splits if own.rows(name)]
+    splits: list[Split] = [split] if split else [name for name in own.splits if own.rows(name)]
     return [_of_split(ShardReader(str(folder), own, name)) for name in splits]
 
 
@@ -129,7 +129,7 @@ def _check_alike(own: Manifest, wanted: Manifest, folder: Folder) -> None:
     """Raise DataError unless both sets were shaped alike."""
 
     def form(manifest: Manifest) -> Any:
-        drop = {"modalities": {"__all__": set(FORM)}}
+        drop: Any = {"modalities": {"__all__": set(FORM)}}
         return manifest.model_dump(include={"modalities", "files"}, exclude=drop)
 
     if form(own) != form(wanted):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.requests import Requests, requests
@@ -137,24 +136,27 @@ class _Outcome:
 
     def take(self, table: pa.Table) -> pa.Table:
         """Rows that were predicted, without `reason`."""
-        bad = pc.is_valid(table.column("reason"))
-        for row in table.filter(bad).select(["key", "reason"]).to_pylist():
+        reason = table.column("reason")
+        for row in table.filter(reason.is_valid()).select(["key", "reason"]).to_pylist():
             self._rejected.append(Rejection(row["key"], "test", row["reason"]))
-        good = table.filter(pc.invert(bad))
+        good = table.filter(reason.is_null())
         self._predicted += good.num_rows
-        self._conflicts += pc.sum(good.column("conflict")).as_py() or 0
+        self._conflicts += sum(good.column("conflict").to_pylist())
         self._count(good)
         self._progress(len(self._rejected) + self._predicted, self._total)
         return good.drop_columns(["reason"])
 
     def _count(self, good: pa.Table) -> None:
-        known = pc.is_in(good.column("label"), pa.array(self._manifest.classes, pa.string()))
-        labelled = good.filter(known)
+        labels = good.column("label").to_pylist()
         for name in ("", *(f"/{m.name}" for m in self._manifest.modalities)):
-            said = labelled.column(f"predicted{name}")
-            hits = pc.sum(pc.equal(said, labelled.column("label"))).as_py()
-            self._hits[name] += hits or 0
-            self._labelled[name] += len(said) - said.null_count
+            said = good.column(f"predicted{name}").to_pylist()
+            pairs = [
+                (class_name, label)
+                for class_name, label in zip(said, labels, strict=True)
+                if class_name is not None and label in self._manifest.classes
+            ]
+            self._hits[name] += sum(class_name == label for class_name, label in pairs)
+            self._labelled[name] += len(pairs)
 
     def close(self, target: Path) -> None:
         """Write the list of what was rejected, and check that nothing was lost.

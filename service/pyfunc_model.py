@@ -24,7 +24,11 @@ class Midas(PythonModel):
     If modalities are optional, `present`, (B, M) bool, says which the rows have. Returns a
     DataFrame: predicted class, its probability, those of all classes, what each modality alone says
     and whether modalities contradict each other.
+
+    MLflow would take a type hint of the input for a schema, and it knows none for a dict of arrays.
     """
+
+    _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
         """Load the weights, onto a GPU if there is one."""
@@ -32,7 +36,7 @@ class Midas(PythonModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Served(read_files(folder), str(folder), device)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    def predict(self, context, model_input, params=None):
         """See the class."""
         rows = {name: np.asarray(model_input[name]) for name in self.model.modalities}
         count = len(rows[self.model.modalities[0]])

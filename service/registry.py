@@ -113,15 +113,16 @@ def register(
             tags = {**tags, FILES_TAG: files_digest(folder)}
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        made = client.create_model_version(
-            name,
-            f"models:/{model.model_id}",
-            run_id,
-            tags=tags,
-            description=description,
-            await_creation_for=SECONDS,
-            model_id=model.model_id,
-        )
+        with _current(uri):
+            made = client.create_model_version(
+                name,
+                f"models:/{model.model_id}",
+                run_id,
+                tags=tags,
+                description=description,
+                await_creation_for=SECONDS,
+                model_id=model.model_id,
+            )
         return _version(made)
 
 
@@ -282,6 +283,20 @@ def _set(variable: Any, value: bool) -> Iterator[None]:
         variable.unset() if before is None else variable.set(before)
 
 
+@contextlib.contextmanager
+def _current(uri: str) -> Iterator[None]:
+    """The store is MLflow's global one in the body: a database store looks for logged models there,
+    whatever client it is asked by."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
 def _create_name(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -299,9 +314,11 @@ def _version(found: ModelVersion) -> Version:
 @contextlib.contextmanager
 def _asking(uri: str, what: str) -> Iterator[MlflowClient]:
     """A client; what MLflow refuses becomes a sentence."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
     from mlflow.exceptions import MlflowException
 
-    for name in ("mlflow.pyfunc", "mlflow.models.model", "mlflow.store.artifact"):
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    for name in ("mlflow.pyfunc", "mlflow.models.model", "mlflow.utils.environment"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield tracking._connect(uri)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -199,8 +198,8 @@ class Predicting:
         self._schema = prediction_schema(model.manifest)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        unusable = pc.is_valid(table.column("reason"))
-        sound, rejected = table.filter(pc.invert(unusable)), table.filter(unusable)
+        reason = table.column("reason")
+        sound, rejected = table.filter(reason.is_null()), table.filter(reason.is_valid())
         parts = []
         if sound.num_rows:
             modalities = self._model.manifest.modalities
