@@ -113,16 +113,15 @@ def register(
             tags = {**tags, FILES_TAG: files_digest(folder)}
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        with _current(uri):
-            made = client.create_model_version(
-                name,
-                f"models:/{model.model_id}",
-                run_id,
-                tags=tags,
-                description=description,
-                await_creation_for=SECONDS,
-                model_id=model.model_id,
-            )
+        made = client.create_model_version(
+            name,
+            f"models:/{model.model_id}",
+            run_id,
+            tags=tags,
+            description=description,
+            await_creation_for=SECONDS,
+            model_id=model.model_id,
+        )
         return _version(made)
 
 
@@ -285,8 +284,8 @@ def _set(variable: Any, value: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _current(uri: str) -> Iterator[None]:
-    """The store is MLflow's global one in the body: a database store looks for logged models there,
-    whatever client it is asked by."""
+    """The store is MLflow's global one in the body: for logged models and downloads of versions it
+    looks there, whatever store it is told."""
     import mlflow
 
     before = mlflow.get_tracking_uri()
@@ -321,7 +320,9 @@ def _asking(uri: str, what: str) -> Iterator[MlflowClient]:
     for name in ("mlflow.pyfunc", "mlflow.models.model", "mlflow.utils.environment"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        yield tracking._connect(uri)
+        client = tracking._connect(uri)
+        with _current(uri):
+            yield client
     except MlflowException as error:
         raise ConfigError(
             f"MLflow at {uri} could not {what}: {error.message}; check the name and that it is the "
