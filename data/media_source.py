@@ -1,13 +1,14 @@
 """MediaSource: an adapter's raw samples, split, checked and shaped by a recipe."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data.config import DataConfig
-from data.processors import Place, Processor, build
+from data.kept import scale_json, scale_name, tokenizer_name
+from data.processors import Numbers, Place, Processor, build
 from data.recipes import augmentation, modality_settings
 from data.schema import DataError, Modality, Split
 from data.sources.base import Item, RejectedSample, Rejection
@@ -49,10 +50,10 @@ class MediaSource:
             DataError: see `Source.items`; or every sample is rejected.
         """
         adapter = self._adapter
-        samples, self.rejected = _sound(adapter)
+        samples, self.rejected = sound(adapter)
         if not samples:
             raise _nothing_left(self.name, self.rejected)
-        self.classes = _classes(adapter, samples)
+        self.classes = present_classes(adapter, samples)
         splits, self.split_rule = assign(samples, self.classes, self._config)
         items = [
             Item(number, sample.key, sample.label, split, sample.group or "", sample.media)
@@ -63,24 +64,11 @@ class MediaSource:
 
     def load(self, item: Item) -> dict[str, np.ndarray]:
         """Read the media of a sample; see `Source.load`."""
-        arrays: dict[str, np.ndarray] = {}
-        for name, processor in self._processors.items():
-            medium = item.media.get(name)
-            if medium is not None:
-                try:
-                    arrays[name] = processor.load(medium, item.split)
-                except RejectedSample as error:
-                    raise RejectedSample(f"{name}: {error}") from error
-            elif not processor.modality.optional:
-                raise RejectedSample(
-                    f"{name} is missing; to keep such samples give "
-                    f"--data.modalities.{name}.optional"
-                )
-        return arrays
+        return load_media(self._processors, item.media, item.split)
 
     def _build(self, adapter: Adapter, training: Sequence[Mapping[str, Media]]) -> None:
         """Processors of all modalities; some take sizes and scales from the training media."""
-        place = Place(_root(adapter, self._config), self._config.recipe == "official")
+        place = Place(root_of(adapter, self._config), self._config.recipe == "official")
         settings = modality_settings(self._config, adapter)
         for name, kind in adapter.kinds.items():
 
@@ -90,11 +78,39 @@ class MediaSource:
             augment = augmentation(self._config, name, kind)
             self._processors[name] = build(name, kind, settings[name], augment, place, own)
         self.modalities = tuple(p.modality for p in self._processors.values())
-        self.files = {
-            f"tokenizer-{name}.json": processor.tokenizer_json
-            for name, processor in self._processors.items()
-            if isinstance(processor, Tokens)
-        }
+        self.files = dict(_kept(self._processors))
+
+
+def load_media(
+    processors: Mapping[str, Processor], media: Mapping[str, Media], split: Split
+) -> dict[str, np.ndarray]:
+    """Arrays of the modalities that a sample has.
+
+    Raises:
+        RejectedSample: one cannot be read, or is missing and must not be.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, processor in processors.items():
+        medium = media.get(name)
+        if medium is not None:
+            try:
+                arrays[name] = processor.load(medium, split)
+            except RejectedSample as error:
+                raise RejectedSample(f"{name}: {error}") from error
+        elif not processor.modality.optional:
+            raise RejectedSample(
+                f"{name} is missing; to keep such samples give --data.modalities.{name}.optional"
+            )
+    return arrays
+
+
+def _kept(processors: Mapping[str, Processor]) -> Iterator[tuple[str, str]]:
+    """Name and content of files that keep what processors learnt from the training media."""
+    for name, processor in processors.items():
+        if isinstance(processor, Tokens):
+            yield tokenizer_name(name), processor.tokenizer_json
+        elif isinstance(processor, Numbers) and processor.scale is not None:
+            yield scale_name(name), scale_json(processor.scale)
 
 
 def _nothing_left(name: str, rejected: Sequence[Rejection]) -> DataError:
@@ -105,7 +121,7 @@ def _nothing_left(name: str, rejected: Sequence[Rejection]) -> DataError:
     )
 
 
-def _classes(adapter: Adapter, samples: Sequence[RawSample]) -> tuple[str, ...]:
+def present_classes(adapter: Adapter, samples: Sequence[RawSample]) -> tuple[str, ...]:
     """The adapter's classes that have samples."""
     found = {sample.label for sample in samples}
     if absent := [name for name in adapter.classes if name not in found]:
@@ -113,13 +129,13 @@ def _classes(adapter: Adapter, samples: Sequence[RawSample]) -> tuple[str, ...]:
     return tuple(name for name in adapter.classes if name in found)
 
 
-def _root(adapter: Adapter, config: DataConfig) -> Path:
+def root_of(adapter: Adapter, config: DataConfig) -> Path:
     """Folder that the adapter's paths are relative to."""
     root = getattr(adapter, "root", None) or Path(config.root or ".").expanduser()
     return root.resolve()
 
 
-def _sound(adapter: Adapter) -> tuple[list[RawSample], list[Rejection]]:
+def sound(adapter: Adapter) -> tuple[list[RawSample], list[Rejection]]:
     """Samples that can be split, and those that cannot."""
     samples: list[RawSample] = []
     rejected: list[Rejection] = []

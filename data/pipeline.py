@@ -214,6 +214,80 @@ def work_anywhere(
             yield json.loads(table.column("result")[0].as_py())
 
 
+def map_parts(
+    read: Callable[..., list[pa.Table]],
+    shared: tuple[Any, ...],
+    items: Sequence[tuple[Any, ...]],
+    rows: Sequence[int],
+    row_nbytes: int,
+    make: Callable[[], Callable[[pa.Table], pa.Table]],
+    workers: "Workers",
+) -> Iterator[pa.Table]:
+    """The tables of `read(*shared, *item)`, changed by functions that live in actors, in order.
+
+    Args:
+        shared: stored once, like `make`.
+        rows: of every item's table; all have as many as the first but the last.
+        make: makes the function, once in every actor.
+    """
+    maker = ray.put(make)
+    for first in range(0, len(items), READS_PER_EXECUTION):
+        part = slice(first, first + READS_PER_EXECUTION)
+        stored = [(ray.put(item),) for item in items[part]]  # an item may hold arrays
+        reads = small_reads(_read_stored, (read, shared), stored)
+        in_use = workers.readers + 2 * workers.count
+        dataset = _dataset(
+            *(reads, rows[part], row_nbytes, 2 * in_use * rows[0] * row_nbytes),
+            num_cpus=0,
+            concurrency=workers.readers,
+        )
+        changed = dataset.map_batches(
+            _Mapper,
+            fn_constructor_args=([maker],),  # in a list it stays a reference
+            batch_size=rows[0],
+            batch_format="pyarrow",
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+            concurrency=workers.count,
+        )
+        tables: Any = changed.iter_batches(batch_size=None, batch_format="pyarrow")
+        yield from tables
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Actors of `map_parts`, and the tasks that read for them.
+
+    Attributes:
+        count: actors.
+        cpus, gpus: of each.
+        readers: read tasks that run at a time; they ask for no CPU.
+    """
+
+    count: int
+    cpus: int
+    gpus: int
+    readers: int
+
+
+class _Mapper:
+    """An actor that holds one function."""
+
+    def __init__(self, maker: "list[ray.ObjectRef[Any]]"):
+        self._function = ray.get(maker[0])()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self._function(table)
+
+
+def _read_stored(
+    read: Callable[..., list[pa.Table]],
+    shared: tuple[Any, ...],
+    item: "ray.ObjectRef[tuple[Any, ...]]",
+) -> list[pa.Table]:
+    return read(*shared, *ray.get(item))
+
+
 def _work(function: Callable[[Any], BaseModel], item: "ray.ObjectRef[Any]") -> list[pa.Table]:
     return [pa.table({"result": [function(ray.get(item)).model_dump_json()]})]
 

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 REJECTED_NAME = "rejected.jsonl"
 AUDIT_NAME = "audit.json"
 CARD_NAMES = ("card.md", "card.html")
-TOKENIZER_PREFIX = "tokenizer-"
+KEPT_PREFIXES = ("tokenizer-", "scale-")
 PROGRESS_NAME = ".progress"
 PLAN_NAME = "plan"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -457,7 +457,7 @@ def _open_progress(folder: Folder, plan: str) -> None:
 def _clear(folder: Folder) -> None:
     """Remove everything an unfinished call left."""
     for name in folder.names():
-        ours = name in (REJECTED_NAME, AUDIT_NAME, *CARD_NAMES) or name.startswith(TOKENIZER_PREFIX)
+        ours = name in (REJECTED_NAME, AUDIT_NAME, *CARD_NAMES) or name.startswith(KEPT_PREFIXES)
         if ours or name.endswith((".parquet", ".parquet.tmp")):
             folder.remove(name)
     folder.child(PROGRESS_NAME).remove_all()

@@ -6,7 +6,7 @@ function of these and the file alone.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.config import Kind, ModalityConfig
 from data.features import fbank, mono
+from data.kept import kept, read_scale, scale_name, tokenizer_name
 from data.media import (
     inside,
     num_video_frames,
@@ -34,6 +35,7 @@ RELEASE_FLOW_MEAN, RELEASE_FLOW_STD = 0.1307, 0.3081
 FLOW_MEAN, FLOW_STD = 128 / 255, 0.25
 MAX_FLOW_PIXELS = 20.0
 FRAME_SECONDS = 0.01
+AS_GIVEN, FLOW_GIVEN = "numbers as given", "flow images as given"
 
 
 class Processor(Protocol):
@@ -104,7 +106,53 @@ def build(
         from data.text import Tokens
 
         return Tokens(base, settings, place, training)
-    return Numbers(base, settings, training)
+    return Numbers.fitted(base, settings, training)
+
+
+def rebuild(
+    modality: Modality, settings: ModalityConfig, place: Place, files: Mapping[str, str]
+) -> Processor:
+    """The processor that made a modality of a prepared set, for other raw files.
+
+    Args:
+        modality: as the set's manifest has it.
+        settings: that the set was made with.
+        files: of the set, by name: what was learnt from its training media.
+
+    Raises:
+        DataError: a file that is needed is not there, or these settings make other tensors.
+    """
+    processor = _rebuilt(modality, settings, place, files)
+    if processor.modality != modality:
+        raise DataError(
+            f"modality {modality.name} of the prepared set is {modality}, its settings now make "
+            f"{processor.modality}; use the version of this package that prepared it"
+        )
+    return processor
+
+
+def _rebuilt(
+    modality: Modality, settings: ModalityConfig, place: Place, files: Mapping[str, str]
+) -> Processor:
+    if modality.kind in ("image", "audio") and modality.about == AS_GIVEN:
+        given = Given(modality, settings, Values(np.empty(modality.shape)))
+        given.modality = modality
+        return given
+    if modality.kind in ("image", "frames"):
+        return Pictures(modality, settings, place)
+    if modality.kind == "flow":
+        stills = FlowStills((), ()) if modality.about == FLOW_GIVEN else None
+        return Flow(modality, settings, place, stills)
+    if modality.kind == "audio":
+        return Audio(modality, settings, place)
+    if modality.kind == "text":
+        from data.text import Tokens
+
+        learnt = kept(files, tokenizer_name(modality.name))
+        return Tokens(modality, settings, place, lambda: (), learnt)
+    if settings.scale in (None, "none"):
+        return Numbers(modality, None)
+    return Numbers(modality, read_scale(kept(files, scale_name(modality.name))))
 
 
 def _wrong(media: Media, kind: Kind) -> RejectedSample:
@@ -231,7 +279,7 @@ class Flow:
                 "mean": (mean, mean),
                 "std": (std, std),
                 "scale": 255.0,
-                "about": "flow images as given"
+                "about": FLOW_GIVEN
                 if isinstance(first, FlowStills)
                 else f"flow by OpenCV DIS, +-{MAX_FLOW_PIXELS:g} pixels on 0-255",
             }
@@ -314,7 +362,7 @@ class Given:
 
     def __init__(self, base: Modality, settings: ModalityConfig, first: Values):
         dtype = settings.storage if settings.storage in ("float16", "float32") else "float32"
-        update = {"shape": first.array.shape, "dtype": dtype, "about": "numbers as given"}
+        update = {"shape": first.array.shape, "dtype": dtype, "about": AS_GIVEN}
         self.modality = base.model_copy(update=update | {"augment": Augment()})
 
     def load(self, media: Media, split: Split) -> np.ndarray:
@@ -325,14 +373,29 @@ class Given:
 
 
 class Numbers:
-    """Vectors (D,) and sequences (T, D), scaled per column by numbers of the training split."""
+    """Vectors (D,) and sequences (T, D), scaled per column by numbers of the training split.
 
-    def __init__(
-        self,
+    Args:
+        modality: what `load` returns.
+        scale: what to subtract and to divide by, (D,) float64 each; None leaves rows as they are.
+    """
+
+    def __init__(self, modality: Modality, scale: tuple[np.ndarray, np.ndarray] | None):
+        self.modality = modality
+        self.scale = scale
+
+    @classmethod
+    def fitted(
+        cls,
         base: Modality,
         settings: ModalityConfig,
         training: Callable[[], Iterable[Media]],
-    ):
+    ) -> "Numbers":
+        """With size and scale of the training media.
+
+        Raises:
+            DataError: there are none, or they are of another kind.
+        """
         forms = Counter((v.array.ndim, v.array.shape[-1:]) for v in _values(training()))
         if not forms:
             raise DataError(
@@ -355,14 +418,13 @@ class Numbers:
         shape = width
         if base.kind == "sequence":
             shape = (settings.steps or max(len(array) for array in alike()), *width)
-        self._scale = _scale(settings.scale, alike())
-        self.modality = base.model_copy(
-            update={
-                "shape": shape,
-                "dtype": settings.storage,
-                "about": f"scale {settings.scale or 'none'}{_fingerprint(self._scale)}",
-            }
-        )
+        scale = _scale(settings.scale, alike())
+        update = {
+            "shape": shape,
+            "dtype": settings.storage,
+            "about": f"scale {settings.scale or 'none'}{_fingerprint(scale)}",
+        }
+        return cls(base.model_copy(update=update), scale)
 
     def load(self, media: Media, split: Split) -> np.ndarray:
         """Scale and pad."""
@@ -374,8 +436,8 @@ class Numbers:
                 f"{self.modality.name} has shape {rows.shape}, {self.modality.shape} expected"
             )
         is_sequence = self.modality.kind == "sequence"
-        if self._scale:
-            shift, factor = self._scale
+        if self.scale:
+            shift, factor = self.scale
             padding = ~rows.any(axis=1, keepdims=True) if is_sequence else False
             rows = np.where(padding, 0.0, (rows - shift) / factor)
         if is_sequence:

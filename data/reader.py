@@ -4,7 +4,7 @@ A `ShardReader` gathers slices of row groups into one table; `locate` finds the 
 epoch, `cut` makes batches of tables, and `columns` turns a table into numpy arrays without copying.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -77,6 +77,10 @@ class ShardReader:
             start += part.num_rows
         return pa.Table.from_arrays([_array(v) for v in gathered.values()], schema=schema)
 
+    def keys(self, reads: Iterable[Read]) -> pa.Array:
+        """Keys of the rows of the slices, one after the other."""
+        return pa.concat_tables(self._parts(reads, None, ("key",))).column("key").combine_chunks()
+
     @property
     def _schema(self) -> pa.Schema:
         """Columns as they are delivered."""
@@ -123,14 +127,19 @@ class ShardReader:
         for data, numbers, place in zip(column, wanted.tolist(), where, strict=True):
             decode_jpeg(data.as_py(), numbers, values[place].reshape(frames, *shape[-3:]))
 
-    def _parts(self, reads: Iterable[Read], entries: Entries | None) -> Iterator[pa.Table]:
+    def _parts(
+        self,
+        reads: Iterable[Read],
+        entries: Entries | None,
+        names: Sequence[str] | None = None,
+    ) -> Iterator[pa.Table]:
         """The slices, one by one; whole row groups are read by one thread, mapped if local."""
         where = [
             (shard.path, index)
             for shard in self.manifest.splits[self.split]
             for index in range(len(shard.row_groups))
         ]
-        names, folder = self._schema.names, Folder.at(self.folder)
+        names, folder = list(names or self._schema.names), Folder.at(self.folder)
         for path, part in groupby(reads, key=lambda read: where[read.row_group][0]):
             with folder.open(path) as source, pq.ParquetFile(source) as file:
                 for read in part:
@@ -265,7 +274,13 @@ def columns(table: pa.Table, manifest: Manifest, split: Split) -> dict[str, np.n
     """
     names = ["sample_id", "label", LANE, *({KEEP, PRESENT} & set(table.column_names))]
     result = {name: table.column(name).to_numpy() for name in names}
-    for modality in manifest.modalities:
+    return result | tensors(table, manifest.modalities, split)
+
+
+def tensors(table: pa.Table, modalities: Sequence[Modality], split: Split) -> dict[str, np.ndarray]:
+    """Modality -> (rows, *shape) views of the Arrow buffers of delivered rows: read only."""
+    result = {}
+    for modality in modalities:
         values = _values(table.column(modality.name)).view(modality.dtype)
         result[modality.name] = values.reshape(len(values), *modality.delivered(split))
     return result

@@ -134,17 +134,21 @@ def _rows(
             if draft.has_optional:
                 present = (m.name in arrays for m in draft.modalities)
                 row["present"] = sum(1 << place for place, here in enumerate(present) if here)
-            yield row | _tensor_bytes(arrays, draft.modalities, split)
+            yield row | tensor_bytes(arrays, draft.modalities, split)
         except RejectedSample as error:
             key = item.key.encode(errors="backslashreplace").decode()  # it may not be UTF-8
             rejected.append((key, str(error)))
         count(1)
 
 
-def _tensor_bytes(
+def tensor_bytes(
     arrays: dict[str, np.ndarray], modalities: tuple[Modality, ...], split: Split
 ) -> dict[str, bytes]:
-    """Check the tensors of one sample against the modalities and lay them out for the shard."""
+    """Check the tensors of one sample against the modalities and lay them out for the shard.
+
+    Raises:
+        RejectedSample: modalities, a shape, a dtype or a value is not as it should be.
+    """
     names = {modality.name for modality in modalities}
     needed = {modality.name for modality in modalities if not modality.optional}
     if not arrays or not needed <= set(arrays) <= names:

@@ -35,12 +35,18 @@ class Tokens:
         settings: ModalityConfig,
         place: Place,
         training: Callable[[], Iterable[Media]],
+        kept: str | None = None,
     ):
+        """With `kept`, the tokenizer of a prepared set, nothing is learnt or loaded."""
         assert settings.tokens
         assert settings.tokenizer
         self._place = place
         length = settings.tokens
-        if settings.tokenizer == FIT:
+        if kept is not None:
+            from tokenizers import Tokenizer
+
+            tokenizer, pad = Tokenizer.from_str(kept), base.pad
+        elif settings.tokenizer == FIT:
             tokenizer, pad = _fit(lambda: _texts(training(), place)), 0
         else:
             tokenizer, pad = _load(settings.tokenizer)

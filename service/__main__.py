@@ -26,6 +26,9 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
   midas tune digits                       search eta, learning rate and warm-up
   midas bench digits                      how fast it trains here, and what limits it
   midas verify RUN                        take its last steps again and compare
+  midas register RUN                      make its best checkpoint a version of a model
+  midas promote NAME VERSION              make it champion, if it is better
+  midas predict models:/NAME@champion --input DIR --output out.parquet
   midas ui                                look at the runs
   midas doctor                            is this machine fit for it, and is it safe
   midas submit train digits               the same, as a job on a cluster
@@ -33,6 +36,8 @@ Train multimodal models that use all their modalities: MIDAS and its rivals on R
 
 
 PRESET_VERBS = ("prepare", "train", "compare", "bench", "tune")
+# Results that are an answer; "no" exits with 1.
+VERDICTS = ("verify/equal", "chaos/recovered", "promote/promoted", "doctor/ok", "sync/complete")
 PLAIN_FLAGS = ("--json", "--debug", "--dry-run")
 JOB_VERBS = ("submit", "jobs", "logs", "stop")
 
@@ -84,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         console.json_line(result)
     if "exit_code" in result:
         return result["exit_code"]
-    failures = ("verify/equal", "chaos/recovered", "doctor/ok", "sync/complete")
-    return int(any(result.get(name) is False for name in failures))
+    return int(any(result.get(name) is False for name in VERDICTS))
 
 
 def _with_preset(argv: list[str]) -> list[str]:
@@ -146,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         help="break the run on purpose and compare it with an unbroken one: "
         "kill:worker@step=40,stop:driver@step=80",
     )
+    train.add_argument(
+        "--register-as", metavar="NAME", help="in the end register the model, as midas register"
+    )
     train.add_argument("--faults", help=argparse.SUPPRESS)  # of a run that --chaos starts
     compare = verb(
         "compare", "train methods over seeds and print a table", preset=True, parent=table
@@ -186,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--steps", metavar="A:B", help="steps A to B-1 (default: the last 20)")
     verify.add_argument("--workers", type=int, help="worker processes (default: as the run had)")
     verify.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
+    _add_model_verbs(verb)
     ui = verb("ui", "open the MLflow UI on this machine", preset=False)
     ui.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
     ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
@@ -239,6 +247,60 @@ def _add_job_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     stop = verb("stop", "stop a job; a training saves its state", preset=False, parent=place)
     stop.add_argument("job", metavar="JOB")
+def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """What is done with trained models."""
+    of_model = "run name, its folder, models:/NAME@champion or models:/NAME/VERSION"
+    register = verb("register", "make a run's best checkpoint a version of a model", preset=False)
+    register.add_argument("run", help="run name, or its folder")
+    register.add_argument(
+        "--as", dest="name", metavar="NAME", help="registered model (default: the data set's name)"
+    )
+    promote = verb("promote", "make a version champion, if the gate lets it", preset=False)
+    promote.add_argument("name", help="registered model")
+    promote.add_argument("version", help="number of the version")
+    promote.add_argument(
+        "--margin",
+        type=float,
+        default=0.005,
+        help="least gain of validation accuracy over the champion (default: 0.005)",
+    )
+    promote.add_argument(
+        "--floor",
+        nargs="+",
+        metavar="VALUE",
+        help="least validation accuracy of every modality, or NAME=VALUE for single ones "
+        "(default: a tenth of the way from chance to 1)",
+    )
+    promote.add_argument(
+        "--floor-metric",
+        choices=["head_accuracy", "zero_out_accuracy"],
+        default="head_accuracy",
+        help="of its own head, or of the fused prediction from its features alone",
+    )
+    promote.add_argument(
+        "--new-data", metavar="REASON", help="why a champion of other data is to be replaced"
+    )
+    predict = verb("predict", "run a model over raw files or shards", preset=False)
+    predict.add_argument("model", help=of_model)
+    predict.add_argument(
+        "--input", required=True, help="raw folder or table as the model's, or a folder of shards"
+    )
+    predict.add_argument("--output", required=True, help="Parquet file for the predictions")
+    predict.add_argument("--split", choices=["train", "val", "test"], help="default: all rows")
+    predict.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    predict.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    predict.add_argument(
+        "--conflict",
+        type=float,
+        default=0.5,
+        help="modalities that are at least this sure of different classes are in conflict "
+        "(default: 0.5)",
+    )
+    export = verb("export", "write a model as a graph of torch.export", preset=False)
+    export.add_argument("model", help=of_model)
+    export.add_argument("--output", required=True, help="file, model.pt2")
+    for parser in (register, promote, predict, export):
+        parser.add_argument("--storage", default="runs", help="folder of the runs (default: runs)")
 
 
 def _config(args: argparse.Namespace, rest: list[str]) -> "RunConfig":
@@ -326,7 +388,13 @@ def _train(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
                 config, prepared.folder, view=console.progress, faults=faults, session=session
             )
     console.summary(outcome)
-    return outcome.result
+    if not args.register_as:
+        return outcome.result
+    from service import models
+
+    version = models.register(str(outcome.folder), config.storage, args.register_as)
+    console.status(f"registered as {version['model']}")
+    return outcome.result | {"model": version["model"]}
 
 
 def _faults(text: str | None) -> "list[Fault]":
@@ -436,6 +504,76 @@ def _steps(text: str) -> tuple[int, int]:
     if not (colon and start.isdecimal() and stop.isdecimal()):
         raise ConfigError(f"--steps {text} must be two numbers A:B, as in --steps 100:120")
     return int(start), int(stop)
+
+
+def _register(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import models
+
+    result = models.register(args.run, args.storage, args.name)
+    console.plan(result)
+    return result
+
+
+def _promote(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service import gate, models
+
+    floor, floors = _floors(args.floor or [])
+    rules = gate.Rules(args.margin, floor, floors, args.floor_metric, args.new_data)
+    result = models.promote(args.name, args.version, args.storage, rules)
+    console.plan(result)
+    if not result["promote/promoted"]:
+        console.error_panel(
+            f"version {args.version} of {args.name} is not promoted: {result['promote/reason']}"
+        )
+    return result
+
+
+def _floors(words: list[str]) -> tuple[float | None, dict[str, float]]:
+    """`0.2`, for all modalities, and `audio=0.3`."""
+    from service.config import ConfigError
+
+    general, single = None, {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise ConfigError(
+                f"--floor {word} must be a number, or NAME=NUMBER, as in --floor 0.2 audio=0.3"
+            ) from None
+        if name:
+            single[name] = number
+        else:
+            general = number
+    return general, single
+
+
+def _predict(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service.config import ScalingConfig
+    from service.prediction import predict
+
+    with console.counter("predicting") as progress:
+        result = predict(
+            args.model,
+            args.input,
+            args.output,
+            storage=args.storage,
+            split=args.split,
+            scaling=ScalingConfig(num_workers=args.workers, device=args.device),
+            conflict=args.conflict,
+            progress=progress,
+            debug=args.debug,
+        )
+    console.plan(result)
+    return result
+
+
+def _export(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
+    from service.export import export
+
+    result = export(args.model, args.output, args.storage)
+    console.plan(result)
+    return result
 
 
 def _ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
@@ -602,6 +740,10 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str], "Console"], dict[str, 
     "tune": _tune,
     "evaluate": _evaluate,
     "verify": _verify,
+    "register": _register,
+    "promote": _promote,
+    "predict": _predict,
+    "export": _export,
     "ui": _ui,
     "sync": _sync,
     "migrate": _migrate,

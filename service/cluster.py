@@ -366,6 +366,20 @@ def uses_gpu(scaling: ScalingConfig, have: Mapping[str, float]) -> bool:
     return scaling.device == "gpu" or (scaling.device == "auto" and enough)
 
 
+def uses_gpu_now(scaling: ScalingConfig) -> bool:
+    """Whether each worker gets a GPU of the cluster of the open session."""
+    import ray
+
+    return uses_gpu(scaling, ray.cluster_resources())
+
+
+def total_cpus() -> int:
+    """CPUs of the cluster of the open session."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
 def node_resources() -> list[Mapping[str, float]]:
     """What each node of the cluster of the open session has, by name: CPU, GPU and others."""
     import ray

@@ -179,11 +179,19 @@ def _of_run(folder: Path, scaling: ScalingConfig) -> tuple[RunConfig, dict[str, 
     stored = RunConfig.model_validate(yaml.safe_load((folder / CONFIG_NAME).read_text()))
     moved = {"scaling": scaling, "storage": str(folder.parent), "name": folder.name}
     config = stored.model_copy(update=moved)
-    return config, base_payload(config, *_data_of(folder))
+    manifest, data_folder = data_of(folder)
+    verify_shards(manifest, data_folder)
+    return config, base_payload(config, manifest, data_folder)
 
 
-def _data_of(folder: Path) -> tuple[Manifest, Folder]:
-    """The data a run was trained on, verified; looked for where it was, and beside the run."""
+def data_of(folder: Path) -> tuple[Manifest, Folder]:
+    """The data a run was trained on; looked for where it was, and beside the run. Shards are not
+    read.
+
+    Raises:
+        ConfigError: there is other data.
+        DataError: there is none.
+    """
     run = read_json(folder / RUN_NAME) or {}
     data_folder = Folder.at(run["data_folder"])
     if data_folder.is_local and not data_folder.path.is_dir():
@@ -194,7 +202,6 @@ def _data_of(folder: Path) -> tuple[Manifest, Folder]:
             f"the data in {data_folder} has digest {manifest.digest[:12]}, the run was trained on "
             f"{run['data_digest'][:12]}; use the data of the run"
         )
-    verify_shards(manifest, data_folder)
     return manifest, data_folder
 
 

@@ -17,10 +17,11 @@ from data.draws import uniform
 from data.order import Entries, Order
 from data.pipeline import ReadAhead, eval_stream, node_resources, train_stream
 from data.reader import SampleIndex, ShardReader, columns, locate, sample_index
-from data.schema import Manifest, Modality, Split
+from data.schema import Manifest, Split
 from service.config import RunConfig
 from service.feed import Feed, FeedMeter, Node, local_workers
-from training.augment import RowSpec, augment, num_uniform
+from service.stepper import row_spec
+from training.augment import augment, num_uniform
 from training.batch import Batch
 from training.distributed import rank, world_size
 from training.evaluation import EVAL_CHUNK
@@ -40,25 +41,6 @@ def make_order(config: RunConfig, manifest: Manifest) -> Order:
         lanes=train.lanes,
         window_batches=max(1, window_rows // train.global_batch_size),
         seed=train.seed,
-    )
-
-
-def row_spec(modality: Modality, config: RunConfig) -> RowSpec | None:
-    """How delivered rows become the model's inputs; None for those that are it already."""
-    changes = config.augment.get(modality.name)
-    random = modality.augment.model_dump()
-    if changes is not None:
-        random |= changes.model_dump(exclude_none=True)
-    if modality.kind in ("text", "vector", "sequence"):
-        return None
-    return RowSpec(
-        kind=modality.kind,
-        shape=modality.shape,
-        mean=modality.mean,
-        std=modality.std,
-        scale=modality.scale,
-        time_axis=modality.time_axis,
-        **random,
     )
 
 

@@ -1,12 +1,14 @@
-"""What takes the steps of a run on one rank: method, optimizer and schedule, as configured."""
+"""What takes the steps of a run on one rank: method, optimizer and schedule, as configured, and
+how delivered rows become its inputs."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data.schema import Manifest
+from data.schema import Manifest, Modality
 from service.config import ConfigError, RunConfig
+from training.augment import RowSpec
 from training.clock import Clock
 from training.distributed import data_parallel, from_ranks
 from training.encoders import ModalitySpec, build_model
@@ -30,6 +32,25 @@ def make_method(config: RunConfig, manifest: Manifest) -> Method:
         return build_method(config.method, model, config.method_sections)
     except ValueError as error:  # settings that do not fit this data set
         raise ConfigError(str(error)) from error
+
+
+def row_spec(modality: Modality, config: RunConfig) -> RowSpec | None:
+    """How delivered rows become the model's inputs; None for those that are it already."""
+    changes = config.augment.get(modality.name)
+    random = modality.augment.model_dump()
+    if changes is not None:
+        random |= changes.model_dump(exclude_none=True)
+    if modality.kind in ("text", "vector", "sequence"):
+        return None
+    return RowSpec(
+        kind=modality.kind,
+        shape=modality.shape,
+        mean=modality.mean,
+        std=modality.std,
+        scale=modality.scale,
+        time_axis=modality.time_axis,
+        **random,
+    )
 
 
 class Stepper:

@@ -17,13 +17,15 @@ ALLOWED = {
         "data/pipeline.py",
     ),
     "optuna": ("service/study.py", "service/sweep_page.py"),
-    "mlflow": ("service/tracking.py",),
+    "mlflow": ("service/tracking.py", "service/registry.py", "service/pyfunc_model.py"),
     "torch.distributed": ("training/distributed.py",),
     "torch": (
         *("training/", "service/worker.py", "service/rows.py", "service/keeper.py"),
         *("service/plan.py", "service/stepper.py", "service/contest.py"),
         *("service/engine.py", "service/trial.py", "service/cost.py"),
-        *("service/doctor.py", "data/features.py"),
+        *("service/doctor.py"),
+        *("service/served.py", "service/export.py", "service/pyfunc_model.py"),
+        "data/features.py",
     ),
     "torchaudio": ("data/features.py",),
     "rich": ("service/console.py",),
@@ -31,7 +33,7 @@ ALLOWED = {
     "argparse": ("service/__main__.py",),
     "yaml": (
         *("service/config.py", "service/launch.py", "service/inspection.py"),
-        *("service/sweep.py", "service/record.py"),
+        *("service/sweep.py", "service/record.py", "service/registry.py"),
     ),
 }
 ROOM_IMPORTS = {"training": ("training",), "data": ("data",), "service": ROOMS}

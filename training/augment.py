@@ -140,13 +140,13 @@ def _normalised(values: Tensor, spec: RowSpec) -> Tensor:
     """(..., C, H, W) as float32, normalised if the rows are to be."""
     if not spec.mean:
         return values.float()
-    gain_C11, shift_C11 = _gain_and_shift(spec.mean, spec.std, spec.scale, values.device)
+    gain_C11, shift_C11 = gain_and_shift(spec.mean, spec.std, spec.scale, values.device)
     # Not fused: `addcmul` may round otherwise at the end of the batch's memory than before.
     return (values * gain_C11).add_(shift_C11)
 
 
 @lru_cache(maxsize=64)  # a copy to a GPU waits for it
-def _gain_and_shift(
+def gain_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], scale: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """float32 (C, 1, 1) each: x * gain + shift is (x / scale - mean) / std."""

@@ -18,6 +18,7 @@ Images: `<root>/mnist/*-ubyte.gz`. The sets have no natural pairing; the one use
 import re
 import wave
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.features import log_mel, resample
+from data.kept import kept, read_scale, scale_json, scale_name
 from data.schema import DataError, Modality, Split
 from data.sources.base import Item, RejectedSample, TensorSource, add_noise, raw_folder
 from data.sources.mnist import read_images, read_labels
@@ -144,6 +146,21 @@ class AVDigits(TensorSource):
         audio = (self._log_mel(pair.recording) - mean) / std
         clean = {"image": image.astype(np.float32), "audio": audio.astype(np.float32)}
         return add_noise(clean, self._config.noise, self._config.seed, item.sample_id)
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The scale of the audio.
+
+        Raises:
+            DataError: no train recording can be read.
+        """
+        mean, std = self._audio_statistics
+        return {scale_name("audio"): scale_json((np.array([mean]), np.array([std])))}
+
+    def restore(self, files: Mapping[str, str]) -> None:
+        """Scale audio as a prepared set's was."""
+        shift, factor = read_scale(kept(files, scale_name("audio")))
+        self._audio_statistics = shift[0], factor[0]
 
     def _split(self, pair: Pair) -> Split:
         if pair.part == "t10k":

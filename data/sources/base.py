@@ -90,10 +90,21 @@ class Source(Protocol):
 
 
 class TensorSource:
-    """Base of sources that make their tensors themselves: nothing to reject, no files to keep."""
+    """Base of sources that make their tensors themselves: nothing to reject."""
 
     rejected: Sequence[Rejection] = ()
-    files: Mapping[str, str] = {}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Nothing was learnt from training samples."""
+        return {}
+
+    def restore(self, files: Mapping[str, str]) -> None:
+        """Take what was learnt from training samples out of a prepared set's files.
+
+        Raises:
+            DataError: a file is missing.
+        """
 
 
 class Purpose(IntEnum):

@@ -22,6 +22,8 @@ KEY_COLUMNS = ("id", "key", "sample_id")
 SHARD_COLUMNS = ("sample_id", "label", "key", "group", "present")
 NUMBERS = "table"
 """The modality that all columns of numbers make together."""
+UNLABELLED = ""
+"""Label of all samples where `label_column` is "", of a table that a trained model is to label."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -114,6 +116,8 @@ class Table:
             return Unreadable(f"{self._path.name} {row.where}", str(error), split)
 
     def _label(self, cells: Cells) -> str:
+        if not self._config.label_column:
+            return UNLABELLED
         if label := word(cells, self._config.label_column):
             return label
         raise BadRow(f"column {self._config.label_column} is empty; a label is needed")
@@ -185,7 +189,7 @@ class Table:
         profiles = {column: Profile() for column in columns}
         labels: set[str] = set()
         fault = "it has no rows"
-        for row in read_rows(self._path, {self._config.label_column, *columns}):
+        for row in read_rows(self._path, {*self._roles(), *columns}):
             try:
                 labels.add(self._label(row.cells))
             except BadRow as error:

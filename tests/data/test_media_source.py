@@ -238,7 +238,7 @@ def test_other_processes_load_the_same(root: Path) -> None:
     assert again.modalities == made.modalities
 
 
-def test_a_tokenizer_is_kept_with_the_shards(
+def test_what_was_learnt_is_kept_with_the_shards(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.sources.cremad.Cremad", Toy)
@@ -247,8 +247,9 @@ def test_a_tokenizer_is_kept_with_the_shards(
     )
     for place in ("one", "two"):
         manifest = prepare(config, tmp_path / place).manifest
-        content = (tmp_path / place / "tokenizer-words.json").read_bytes()
-        assert manifest.files == {"tokenizer-words.json": hashlib.sha256(content).hexdigest()}
+        kept = ("scale-numbers.json", "tokenizer-words.json")
+        contents = {name: (tmp_path / place / name).read_bytes() for name in kept}
+        assert manifest.files == {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()}
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
