@@ -283,6 +283,7 @@ class Console:
         states = [finding.state for finding in findings]
         counts = f"{states.count('fix')} to fix, {states.count('warn')} to know about"
         self.out.print(Text(f"{len(findings)} checks: {counts}", "bold"))
+
     def submitted(self, job: str, address: str | None) -> None:
         """Prints the id of a job that was submitted, and what to type next."""
         place = f" --address {address}" if address else ""

@@ -40,6 +40,7 @@ from service.search import Value
 from service.study import OBJECTIVE
 from service.sweep_page import page
 from service.sweep_runs import SweepRuns
+from service.tracking import for_workers
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ class Sweep:
         }
         payload = base_payload(config, self._manifest, self._data_folder) | {
             "run_folder": str(folder),
-            "tracking": tracking.for_workers(self._runs.uri),
+            "tracking": for_workers(self._runs.uri),
             "attempt": self._attempt,
             "warmups": str(self._folder / "warmups") if config.search.share_warmup else None,
             "generation": self._generation(entry),

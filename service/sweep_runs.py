@@ -87,8 +87,9 @@ class SweepRuns:
 
     def new_generation(self, entry: Entry) -> None:
         """Note from which trial one goes on."""
-        tag = f"from trial {entry.donor}: {study.flat_values(entry.values)}"
-        tracking.set_tags(self.uri, self._folder / entry.name, {f"generation/{entry.generation}": tag})
+        donor = f"from trial {entry.donor}: {study.flat_values(entry.values)}"
+        tags = {f"generation/{entry.generation}": donor}
+        tracking.set_tags(self.uri, self._folder / entry.name, tags)
 
     def log_best(self, score: float, ended: int) -> None:
         """Log the best score after so many trials."""

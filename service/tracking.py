@@ -93,6 +93,8 @@ def for_workers(uri: str) -> dict[str, str | None]:
     An address with a password in it is not written anywhere: workers have it in their environment.
     """
     return {"uri": None if has_credentials(uri) else uri}
+
+
 def run_page(uri: str, run_id: str) -> str | None:
     """The page of a run on a tracking server; None for a store that no server shows,
     and for a run that MLflow has not made yet.

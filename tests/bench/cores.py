@@ -1,15 +1,15 @@
-"""How steady two cores are: one convolution of ResNet-18, over and over, in slices of 0.1 s; prints one JSON line.
+"""How steady two cores are: a convolution of ResNet-18, in slices of 0.1 s; prints one JSON line.
 
     python tests/bench/cores.py [--seconds 30]
 
 The bound of every number of `train_speed.py` about two workers. One process on each core calls the
-kernel for the whole time, together with the other, and neither waits for the other. For every kernel:
+kernel for the whole time, both at once, and neither waits for the other. In bf16 and in fp32:
 
-- `calls_per_second`: the median slice of both cores, and `fast_calls_per_second`, the 95th percentile;
+- `calls_per_second`: the median slice of both cores; `fast_calls_per_second`: the 95th percentile;
 - `slow_share`: slices that are slower than half of that. A machine of its own has none;
 - `free`: mean rate of both cores together, over that of one core (2 if nothing is shared);
-- `lockstep`: the same if both had to wait for each other after every slice, as workers that exchange
-  something in each layer do: twice the slower core's rate, over the mean of one.
+- `lockstep`: the same if both had to wait for each other after every slice, as workers do that
+  exchange something in each layer: twice the slower core's rate, over the mean of one.
 """
 
 import argparse
