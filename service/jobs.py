@@ -48,6 +48,10 @@ POLL_SECONDS = 0.5
 # A connection that was cut is as quiet as a job may be: after this time it is made again.
 QUIET_SECONDS = 60.0
 STOPPED_CODE = 130
+TOKEN_REMEDY = (
+    "put the cluster's token into a file of yours alone (chmod 600) and the file's path into "
+    "RAY_AUTH_TOKEN_PATH, or the token into RAY_AUTH_TOKEN"
+)
 PYTHON_HEADER = re.compile(r"Python/(\d+\.\d+)")
 
 
@@ -430,24 +434,31 @@ def _ask(url: str) -> Cluster:
     from ray._private.authentication.http_token_authentication import (
         get_auth_headers_if_auth_enabled,
     )
+    from ray.exceptions import AuthenticationError
 
+    try:
+        headers = get_auth_headers_if_auth_enabled({})
+    except AuthenticationError as error:  # a sentence, then Ray's documentation
+        reason = str(error).partition(". ")[0]
+        raise ConfigError(f"there is no token for {url}: {reason}; {TOKEN_REMEDY}") from error
     try:
         answer = requests.get(
             f"{url}/api/version",
-            headers=get_auth_headers_if_auth_enabled({}),
+            headers=headers,
             timeout=ANSWER_SECONDS,
             verify=_certificates(),
             allow_redirects=False,
         )
-        if answer.status_code in (401, 403):
-            raise _refused(url, answer.status_code)
-        found = answer.json()["ray_version"]
     except requests.RequestException as error:
         raise AwayError(
             f"no Ray answers jobs at {url}: {type(error).__name__}; its head must run (`ray start "
             "--head`, which shows the dashboard's address) and be reachable from here; correct "
             "--address or RAY_API_SERVER_ADDRESS"
         ) from error
+    if answer.status_code in (401, 403):
+        raise _refused(url, answer.status_code)
+    try:
+        found = answer.json()["ray_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{url} answers, but not as Ray's dashboard does ({answer.status_code}); correct "
@@ -459,10 +470,7 @@ def _ask(url: str) -> Cluster:
 
 def _refused(url: str, status: int) -> RunError:
     what = "wants a token, and none was sent" if status == 401 else "refused the token"
-    return RunError(
-        f"the cluster at {url} {what}; put its token into a file of yours alone (chmod 600) and "
-        "its path into RAY_AUTH_TOKEN_PATH, or the token into RAY_AUTH_TOKEN"
-    )
+    return RunError(f"the cluster at {url} {what}; {TOKEN_REMEDY}")
 
 
 def _certificates() -> str | bool:

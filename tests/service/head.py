@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
+
+import psutil
 
 from tests.service.cli import finish, until
 
@@ -138,10 +140,12 @@ def running_head(cpus: int = 2) -> Iterator[Head]:
         until(answers)
         yield head
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        finally:
-            process.kill()
-            log.close()
-            shutil.rmtree(folder, ignore_errors=True)
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in family:  # Ray's own way takes half a minute
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=30)
+        process.kill()
+        process.wait(timeout=30)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
