@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import subprocess
@@ -30,7 +29,7 @@ class Head:
 
     Attributes:
         url: of its dashboard.
-        folder: its own; `token` in it is the token.
+        folder: its own, and home of the user who started it.
     """
 
     url: str
@@ -39,7 +38,7 @@ class Head:
     @property
     def token(self) -> Path:
         """File with the token."""
-        return self.folder / "token"
+        return self.folder / ".ray" / "auth_token"
 
     def environment(self, **changes: str | None) -> dict[str, str]:
         """What a client needs, and nothing of a cluster that this process might have.
@@ -103,8 +102,9 @@ def running_head(cpus: int = 2) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets want a short path
     port = free_port()
     head = Head(f"http://127.0.0.1:{port}", folder)
-    head.token.touch(0o600)
-    head.token.write_text(secrets.token_hex(32))
+    home = {**os.environ, "HOME": str(folder)}
+    words = [BIN / "ray", "get-auth-token", "--generate"]
+    subprocess.run(words, env=home, umask=0o077, check=True, stdout=subprocess.DEVNULL)
     ports = {
         "port": free_port(),
         "dashboard-port": port,
