@@ -256,7 +256,7 @@ def _for_table(
         if not m.optional or any(column in columns for column in read):
             modalities[m.name] = own.model_copy(update={"kind": m.kind})
     roles = ("label_column", "group_column", "split_column")
-    absent = {role: None for role in roles if getattr(config, role) not in columns}
+    absent: dict[str, Any] = {role: None for role in roles if getattr(config, role) not in columns}
     if "label_column" in absent:
         absent["label_column"] = ""
     same = config.table is not None and Path(config.table).resolve() == path.resolve()

@@ -301,8 +301,10 @@ class ForModel(Table):
 
     min_modalities: ClassVar[int] = 1
 
-    def __init__(self, config: DataConfig, vectors: Mapping[str, tuple[str, ...]]) -> None:
-        self._vectors = vectors
+    def __init__(
+        self, config: DataConfig, vectors: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        self._vectors = vectors or {}
         super().__init__(config)
 
     def _label(self, cells: Cells) -> str:
