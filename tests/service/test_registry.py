@@ -242,7 +242,7 @@ mlflow.pyfunc.load_model("models:/digits@champion")
     assert "Deserializing model using pickle is disallowed" in done.stderr
     assert not (tmp_path / "taken").exists()
     (tampered / "python_model.pkl").unlink()
-    assert "its MLmodel asks for mlflow.pyfunc.model" in refused(storage, shards, tmp_path)
+    assert "its files are not those that were registered" in refused(storage, shards, tmp_path)
 
 
 def test_a_pickle_in_the_place_of_weights_is_refused(
