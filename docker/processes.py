@@ -37,7 +37,7 @@ CHECK = ["python", str(DOCKER / "runtime/health.py")]
 START_SECONDS = 300.0
 STOP_SECONDS = 40.0
 POLL_SECONDS = 0.5
-MAX_FOLDER_CHARACTERS = 40  # Ray's sockets lie in it, and their paths have at most 107
+MAX_FOLDER_CHARACTERS = 30  # Ray's sockets lie in it, and their paths have at most 107
 DATABASE_PORT, STORE_PORT, AGENT_PORT = 5432, 8333, 52365
 FOREIGN = ("RAY_", "MLFLOW_", "AWS_", "PG")
 
@@ -164,7 +164,8 @@ class Plan:
         agent = free_port(AGENT_PORT)
         changed: dict[str, Any] = {
             "node-ip-address": "127.0.0.1",
-            "temp-dir": self.folder / "ray",
+            "temp-dir": self.folder
+            / name,  # nodes that start at once in one take each other's sockets
             "object-store-memory": self._store_bytes,
             "dashboard-agent-listen-port": agent,
             "min-worker-port": 0,  # any that is free; else every node would begin at 10002
