@@ -38,7 +38,7 @@ START_SECONDS = 300.0
 STOP_SECONDS = 40.0
 POLL_SECONDS = 0.5
 MAX_FOLDER_CHARACTERS = 30  # Ray's sockets lie in it, and their paths have at most 107
-DATABASE_PORT, STORE_PORT, AGENT_PORT = 5432, 8333, 52365
+DATABASE_PORT, STORE_PORT = 5432, 8333
 FOREIGN = ("RAY_", "MLFLOW_", "AWS_", "PG")
 
 
@@ -161,7 +161,7 @@ class Plan:
         return {**kept, **image, "PATH": path, **own}
 
     def _ray(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> Service:
-        agent = free_port(AGENT_PORT)
+        agent = free_port(0)
         changed: dict[str, Any] = {
             "node-ip-address": "127.0.0.1",
             "temp-dir": self.folder
