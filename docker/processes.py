@@ -7,8 +7,8 @@ with the commands, environments and secrets of compose.yaml, all on loopback. Wa
 healthy, says what to type in another shell, and ends all on Ctrl-C or SIGTERM, or when one ends.
 With names of services it starts these and what they depend on.
 
-A playground: the store is moto, which keeps objects in memory and checks no keys, and nothing that
-the services hold is there the next time. FOLDER/runs, the jobs' storage, and FOLDER/logs stay.
+A playground: the store is moto, which keeps objects in memory and checks no keys, and every start
+begins anew in a folder of its own. FOLDER/runs, the storage of the jobs, and all logs stay there.
 """
 
 import argparse
