@@ -69,8 +69,9 @@ def _needs(words: list[str]) -> "tuple[ScalingConfig | None, dict[str, str | Non
         return None if few else config.scaling, paths, config.name or ""
     if rest:
         make_parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
-    device, workers = getattr(args, "device", "auto"), getattr(args, "workers", None)
-    scaling = ScalingConfig(num_workers=workers, device=device) if workers else None
+    workers = getattr(args, "workers", None)
+    asked = {"num_workers": workers, "device": getattr(args, "device", "auto")}
+    scaling = ScalingConfig.model_validate(asked) if workers else None
     paths = {f"--{name}": getattr(args, name, None) for name in ("storage", "input", "output")}
     return scaling, paths, getattr(args, "run", "")
 

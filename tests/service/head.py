@@ -102,9 +102,9 @@ def running_head(cpus: int = 2) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets want a short path
     port = free_port()
     head = Head(f"http://127.0.0.1:{port}", folder)
-    home = {**os.environ, "HOME": str(folder)}
+    home = head.environment(HOME=str(folder), RAY_AUTH_TOKEN_PATH=None)
     words = [BIN / "ray", "get-auth-token", "--generate"]
-    subprocess.run(words, env=home, umask=0o077, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(words, env=home, umask=0o077, check=True, capture_output=True)
     ports = {
         "port": free_port(),
         "dashboard-port": port,
@@ -140,12 +140,17 @@ def running_head(cpus: int = 2) -> Iterator[Head]:
         until(answers)
         yield head
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for member in family:  # Ray's own way takes half a minute
+        _kill(process)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a head and all that it started; Ray's own way takes half a minute."""
+    with suppress(psutil.NoSuchProcess):
+        for member in (family := psutil.Process(process.pid).children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
                 member.kill()
         psutil.wait_procs(family, timeout=30)
-        process.kill()
-        process.wait(timeout=30)
-        log.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    process.kill()
+    process.wait(timeout=30)
