@@ -3,9 +3,10 @@
     uv run python docker/processes.py FOLDER [SERVICE ...]
 
 Starts PostgreSQL, an S3-compatible store, MLflow with accounts, a Ray head and two worker nodes,
-with the commands, environments and secrets of compose.yaml, all on loopback. Waits until each is
-healthy, says what to type in another shell, and ends all on Ctrl-C or SIGTERM, or when one ends.
-With names of services it starts these and what they depend on.
+with the commands, environments and secrets of compose.yaml, on loopback (but for Ray's inner ports,
+which Ray opens on all addresses). Waits until each is healthy, says what to type in another shell,
+and ends all on Ctrl-C or SIGTERM, or when one ends. With names of services it starts these and what
+they depend on.
 
 A playground: the store is moto, which keeps objects in memory and checks no keys, and every start
 begins anew in a folder of its own. FOLDER/runs, the storage of the jobs, and all logs stay there.

@@ -74,7 +74,7 @@ def transcript(topology: Topology) -> list[Step]:
         steps.append(Step(command, done.returncode, said, states(topology)))
         if done.returncode != (INTERRUPTED if follows else 0):
             break
-        if found := re.search(r"^job (\S+)", done.stdout, re.MULTILINE):
+        if found := re.search(r"^job\s+(\S+)$", done.stdout, re.MULTILINE):
             job = found[1]
     return steps
 
