@@ -505,7 +505,9 @@ def _answered(url: str) -> Iterator[None]:
     except RunError:
         raise
     except RuntimeError as error:
-        raise RunError(f"the cluster at {url} refused: {str(error).splitlines()[0]}") from error
+        away = "status code 5" in str(error)  # of a proxy, or of a head that starts
+        what = AwayError if away else RunError
+        raise what(f"the cluster at {url} refused: {str(error).splitlines()[0]}") from error
 
 
 def _silence() -> None:

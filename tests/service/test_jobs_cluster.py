@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -115,6 +115,12 @@ def many(head: Head, *commands: list[str]) -> list[dict]:
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(said) == len(commands), done.stdout
     return said
+
+
+def all_ended(head: Head, wanted: Iterable[str]) -> bool:
+    time.sleep(1)
+    found = head.jobs()
+    return all(found[job]["end_time"] for job in wanted)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +238,7 @@ def test_an_unknown_job(head: Head):
 
 def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storage: Path):
     kinds = {
-        "train": (0, ["train", "digits", *SMALL, *at(storage, "first")]),
+        "train": (0, [*TRAIN, *at(storage, "first")]),
         "plan": (0, ["train", "digits", "--dry-run", "--storage", str(storage)]),
         "evaluate": (1, ["evaluate", "nothing", "--storage", str(storage)]),
         "prepare": (0, ["prepare", "digits", "--storage", str(storage)]),
@@ -242,12 +248,13 @@ def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storag
     wanted = {one["job"]: kinds[kind][0] for one, kind in zip(said, order, strict=True)}
     assert len(wanted) == 20
     last = said[-1]["job"]
-    waiting = [job for job in wanted if head.jobs()[job]["status"] == "PENDING"]
-    assert len(waiting) >= 10, "they did not queue"
+    found = head.jobs()
+    waiting = [job for job in wanted if found[job]["status"] == "PENDING"]
     assert last in waiting
+    assert len(waiting) >= 5, "they did not queue"
     assert many(head, ["stop", last])[0]["state"] in ("PENDING", "STOPPED")
     wanted[last] = 130
-    until(lambda: all(head.jobs()[job]["end_time"] for job in wanted), 250)
+    until(lambda: all_ended(head, wanted), 250)
     found = many(head, ["jobs"])[0]
     assert {job: found[f"{job}/exit_code"] for job in wanted} == wanted
     assert found[f"{last}/state"] == "STOPPED"
