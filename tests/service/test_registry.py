@@ -99,7 +99,7 @@ def test_a_version_holds_no_pickle(storage: Path, registered: dict[str, Any]):
         ("audio", [-1, 1, 40, 25]),
     ]
     example = json.loads((folder / "input_example.json").read_text())
-    assert len(example["inputs" if "inputs" in example else "instances"]["image"]) == 2
+    assert [len(example[name]) for name in ("image", "audio")] == [2, 2]
 
 
 def test_predictions_are_those_that_evaluate_counts(
@@ -325,6 +325,8 @@ def test_an_exported_graph_says_what_predict_says(
     result = last_json(midas(*command, storage=storage))
     assert result["export/max_difference"] < 1e-5
     predict(storage, "models:/digits@champion", shards, tmp_path / "out.parquet", "--split", "val")
+    trained = json.loads((storage / "first" / "result.json").read_text())
+    limit = 1e-5 if trained["precision"] == "fp32" else 0.05  # the graph is in fp32
     code = f"""
 import sys, torch, numpy as np, pyarrow.parquet as pq
 program = torch.export.load({str(path)!r}).module()
@@ -336,7 +338,8 @@ manifest = load_manifest({str(shards)!r})
 rows = tensors(table, manifest.modalities, "val")
 said = program({{k: torch.from_numpy(np.array(v)) for k, v in rows.items()}})["fused"]
 told = pq.read_table({str(tmp_path / "out.parquet")!r}).column("probabilities").to_pylist()[:100]
-assert np.abs(said.detach().numpy() - np.array(told)).max() < 1e-5
+gaps = np.abs(said.detach().numpy() - np.array(told))
+assert gaps.max() < {limit} and gaps.mean() < {limit} / 20, (gaps.max(), gaps.mean())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -354,12 +357,12 @@ def table_run(storage: Path) -> Path:
         kind = number % 3
         values = rng.normal(100 + 10 * kind, 8, size=4).round(3).tolist()
         text = None if number % 10 == 7 else f"{words[kind]} {number}"
-        rows.append({"id": f"row-{number}", "label": "cde"[kind], "note": text, "values": values})
+        rows.append({"id": f"row-{number}", "label": "cde"[kind], "note": text, "sizes": values})
     pq.write_table(pa.Table.from_pylist(rows), folder / "table.parquet")
     flags = [
         *("--manifest", str(folder / "table.parquet"), "--method", "joint_uni"),
         *("--data.modalities.note.kind", "text", "--data.modalities.note.optional"),
-        *("--data.modalities.note.tokens", "12", "--data.modalities.values.kind", "vector"),
+        *("--data.modalities.note.tokens", "12", "--data.modalities.sizes.kind", "vector"),
         *("--optim.epochs", "2", "--train.global-batch-size", "32", "--optim.lr", "0.01"),
         *("--model.encoders.note.width", "16", "--model.encoders.note.heads", "2"),
         *("--scaling.num-workers", "1", "--name", "table"),
@@ -397,9 +400,9 @@ def test_rejects_are_counted_named_and_reported(storage: Path, table_run: Path, 
     rows = pq.read_table(table_run / "table.parquet").to_pylist()[:20]
     for row in rows:
         del row["label"]
-    rows[3]["values"] = [1.0, 2.0]
-    rows[4]["values"] = None
-    rows[5]["values"] = [1.0, float("nan"), 2.0, 3.0]
+    rows[3]["sizes"] = [1.0, 2.0]
+    rows[4]["sizes"] = None
+    rows[5]["sizes"] = [1.0, float("nan"), 2.0, 3.0]
     rows[6]["id"] = rows[2]["id"]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "new.parquet")
     output = tmp_path / "out.parquet"
@@ -414,7 +417,7 @@ def test_rejects_are_counted_named_and_reported(storage: Path, table_run: Path, 
     assert reasons.keys() == {"row-2", "row-3", "row-4", "row-5"}
     assert "keys are unique" in reasons["row-2"]
     assert "has shape (2,), (4,) expected" in reasons["row-3"]
-    assert reasons["row-4"].startswith("values is missing")
+    assert reasons["row-4"].startswith("sizes is missing")
     assert "1 values that are not finite" in reasons["row-5"]
     told = pq.read_table(output)
     assert told.column("label").null_count == told.num_rows == 16
