@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 DOCKER = Path(__file__).resolve().parent
@@ -36,7 +37,7 @@ PYTHON = Path(sys.executable).parent
 ENTRYPOINT = str(DOCKER / "runtime/entrypoint.sh")
 CHECK = ["python", str(DOCKER / "runtime/health.py")]
 START_SECONDS = 300.0
-STOP_SECONDS = 40.0
+STOP_SECONDS = 10.0
 POLL_SECONDS = 0.5
 MAX_FOLDER_CHARACTERS = 30  # Ray's sockets lie in it, and their paths have at most 107
 DATABASE_PORT, STORE_PORT = 5432, 8333
@@ -292,12 +293,17 @@ class Processes:
         return next((name for name, p in self._running.items() if p.poll() is not None), None)
 
     def stop(self) -> None:
-        """End all, the last one first."""
-        for process in reversed(self._running.values()):
+        """End all, with what they have started."""
+        processes = list(self._running.values())
+        family = [member for process in processes for member in _descendants(process.pid)]
+        for process in reversed(processes):
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=STOP_SECONDS)
-            with contextlib.suppress(ProcessLookupError):  # also what it left behind
+        _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+        for member in left:  # Ray's nodes take half a minute to end by themselves
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -345,6 +351,15 @@ class Processes:
         log = self._log(service.name)
         lines = log.read_text(errors="replace").splitlines()[-20:]
         return "\n".join([f"the end of {log}:", *lines])
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """A process and all that it started, some of which are in sessions of their own."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def make_folder(folder: Path) -> None:
