@@ -102,8 +102,17 @@ class Plan:
         }
 
     def waves(self, names: Sequence[str]) -> Iterator[list[Service]]:
-        """The services of these names and what they depend on; each wave needs those before it."""
+        """The services of these names and what they depend on; each wave needs those before it.
+
+        Raises:
+            StartError: there is none of a name.
+        """
         described = self.compose["services"]
+        if unknown := set(names) - set(described):
+            raise StartError(
+                f"compose.yaml has no service {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(described)}"
+            )
         left, done = set(names), set()
         for _ in described:
             left |= {need for name in left for need in described[name].get("depends_on", {})}
