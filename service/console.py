@@ -297,11 +297,12 @@ class Console:
 
     def jobs(self, jobs: Sequence[Job]) -> None:
         """Prints the jobs of a cluster, the newest last."""
-        table = _new_table("job", "state", "exit code", "submitted", "time", "name", "command")
+        table = _new_table("job", "state", "exit code", "submitted", "time")
+        table.columns[0].overflow = "fold"  # it is copied into the next command
         for job in jobs:
             since = datetime.fromtimestamp(job.submitted).strftime("%m-%d %H:%M:%S")
             code = "" if job.exit_code is None else str(job.exit_code)
-            cells = (job.id, job.state, code, since, _clock(job.seconds), job.name, job.command)
+            cells = (job.id, job.state, code, since, _clock(job.seconds))
             table.add_row(*(Text(cell) for cell in cells))
         self.out.print(table)
 

@@ -15,6 +15,7 @@ import pytest
 import rich.console
 
 from service.console import Console, Eta, ProgressView
+from service.jobs import Job
 from service.launch import RunOutcome
 
 RECORD: dict[str, Any] = {
@@ -341,3 +342,19 @@ def test_a_running_sweep_is_a_live_table_on_a_terminal_only() -> None:
         with console.sweep_view(lambda: SWEPT):
             time.sleep(0.7)
         assert ("trial-0001" in plain(err.getvalue())) == terminal
+
+
+def test_jobs_are_listed_with_ids_to_copy() -> None:
+    console, out, _ = make_console()
+    long = "train-" + "long-" * 8 + "123456"
+    console.jobs(
+        [
+            Job("train-digits-123456", "RUNNING", "train digits", "", 0.0, 65.0, None),
+            Job(long, "FAILED", "train digits", "", 0.0, 3.0, 137),
+        ]
+    )
+    said = out.getvalue()
+    assert re.search(r"^train-digits-123456 +RUNNING .* 0:01:05$", said, re.MULTILINE)
+    first, second = said.splitlines()[-2:]
+    assert first.split()[0] + second.strip() == long
+    assert first.split()[1:3] == ["FAILED", "137"]
