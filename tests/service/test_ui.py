@@ -1,6 +1,7 @@
-"""The pages of `midas ui` after a sweep, in a real browser; leaves screenshots of them.
+"""The pages of `midas ui` after a training and a sweep, in a real browser; leaves screenshots.
 
-They go to the folder MIDAS_SCREENSHOTS, where it is set.
+They go to the folder MIDAS_SCREENSHOTS, where it is set. Those of the README are made by
+`MIDAS_SCREENSHOTS=tests/screenshots uv run pytest -m slow tests/service/test_ui.py -k "not sweep"`.
 """
 
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
 
 from service import study
 from service.record import Record
@@ -38,13 +39,26 @@ FIGURES = [
     "Slice Plot",
     "Contour Plot",
 ]
+MAX_BYTES = 150_000
 # The report has to do without a network.
+CLASSIC = "?workflowType=machine_learning"
+SIZE: ViewportSize = {"width": 1280, "height": 800}
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(storage: Path) -> dict[str, Any]:
+    """A run, and its model as champion."""
+    train = ("train", "digits", "--name", "first", "--register-as", "digits", "--json")
+    result = last_json(midas(*train, storage=storage))
+    promote = ("promote", "digits", "1", "--floor", "0", "--json")
+    assert last_json(midas(*promote, storage=storage))["promote/promoted"]
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,7 @@ def runs_url(swept: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def page(storage: Path, swept: dict[str, Any]) -> Iterator[Page]:
+def page(storage: Path, trained: dict[str, Any]) -> Iterator[Page]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = start("ui", "--port", str(port), storage=storage)
@@ -89,10 +103,14 @@ def shots(tmp_path: Path) -> Path:
 
 
 def shoot(page: Page, path: Path) -> None:
+    """A picture of the page, with few enough colours for a small file."""
     page.screenshot(path=path)
     with Image.open(path) as image:
         assert image.size == tuple((page.viewport_size or {}).values())
-        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+        pixels = image.convert("RGB")
+    assert len(pixels.getcolors(1 << 24) or []) > 100
+    pixels.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert path.stat().st_size < MAX_BYTES
 
 
 def toggle_columns(page: Page, *names: str) -> None:
@@ -110,6 +128,73 @@ def left(locator: Locator) -> float:
     box = locator.bounding_box()
     assert box
     return box["x"]
+
+
+def run_url(trained: dict[str, Any], tab: str = "") -> str:
+    run = MlflowClient(trained["mlflow_uri"]).get_run(trained["mlflow_run_id"])
+    return f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}{CLASSIC}"
+
+
+def test_the_experiment_lists_the_run_with_its_model(
+    page: Page, trained: dict[str, Any], shots: Path
+):
+    page.set_viewport_size(SIZE)
+    page.goto(run_url(trained))  # where the pages learn which version is of this run
+    expect(page.get_by_text("Finished")).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    page.goto(run_url(trained).rpartition("/")[0] + CLASSIC)
+    row = page.locator(f"[row-id='{trained['mlflow_run_id']}']")
+    expect(row.get_by_role("link", name="first", exact=True)).to_be_visible()
+    expect(row.get_by_text("digits v1")).to_be_visible()
+    changed = ("Dataset", "Source", "test/accuracy", "test/f1_macro")
+    toggle_columns(page, *changed)
+    accuracy = row.locator("[col-id='metrics.`test/accuracy`']")
+    expect(accuracy).to_be_visible()
+    assert float(accuracy.inner_text()) == pytest.approx(trained["test/accuracy"], abs=1e-3)
+    shoot(page, shots / "experiment.png")
+    toggle_columns(page, *changed)
+
+
+def test_a_run_shows_its_results_and_curves(page: Page, trained: dict[str, Any], shots: Path):
+    page.set_viewport_size(SIZE)
+    page.goto(run_url(trained))
+    expect(page.get_by_role("heading", name="first")).to_be_visible()
+    expect(page.get_by_text("Finished")).to_be_visible()
+    page.goto(run_url(trained, "/model-metrics"))
+    page.get_by_placeholder("Search metric charts").fill("alpha/|conf_uni/|val/accuracy$")
+    for section in (r"alpha\s*\(2\)", r"conf_uni\s*\(2\)", r"val\s*\(1\)"):
+        expect(page.get_by_text(re.compile(section)).first).to_be_attached()
+    curves = page.locator(".js-plotly-plot")
+    expect(curves).to_have_count(4)  # the others are drawn when one scrolls to them
+    client = MlflowClient(trained["mlflow_uri"])
+    epochs = len(client.get_metric_history(trained["mlflow_run_id"], "alpha/audio"))
+    assert epochs > 10
+    expect(curves.first.locator("path.point")).to_have_count(epochs)
+    shoot(page, shots / "curves.png")
+
+
+def test_figures_are_drawn_in_the_artifacts(page: Page, trained: dict[str, Any], shots: Path):
+    page.set_viewport_size(SIZE)
+    page.goto(run_url(trained, "/artifacts/confidences.png"))
+    for name in ("accuracy.png", "alpha.png", "confidences.png", "loss.png", "result.json"):
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    picture = page.locator("img[src*=blob], img[src*=artifact]").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 300
+    shoot(page, shots / "figure.png")
+
+
+def test_the_registered_model_shows_its_alias_and_the_decision(
+    page: Page, trained: dict[str, Any], shots: Path
+):
+    page.set_viewport_size(SIZE)
+    page.goto(f"/#/models/digits{CLASSIC}")
+    expect(page.get_by_text("Version 1")).to_be_visible()
+    expect(page.get_by_text("@ champion")).to_be_visible()
+    page.goto(f"/#/models/digits/versions/1{CLASSIC}")
+    expect(page.get_by_text("@ champion")).to_be_visible()
+    expect(page.get_by_text("all rules are met")).to_be_visible()
+    shoot(page, shots / "model.png")
 
 
 def test_the_runs_page_shows_the_trials_inside_the_sweep(
