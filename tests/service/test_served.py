@@ -11,10 +11,11 @@ from data.schema import Manifest, Modality
 from service.served import Answers, prediction_columns, prediction_schema
 from training.augment import RowSpec, augment
 from training.config import EncoderConfig, ModelConfig
-from training.encoders import ModalitySpec, build_model
+from training.encoders import build_model
 from training.export import Deployed, difference, exported, write
 from training.methods.joint import JointUni
 from training.methods.unimodal import Unimodal
+from training.modality import ModalitySpec
 
 SHAPES = {"image": (3, 16, 16), "words": (6,), "steps": (4, 5)}
 SPECS = {
