@@ -60,12 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     if rest and args.verb not in PRESET_VERBS:
         make_parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
     from service.console import Console
-    from service.environment import configure_client, configure_ray
+    from service.environment import check_submitter, configure_client, configure_ray
 
     configure_client() if args.verb in JOB_VERBS else configure_ray()
     console = Console(json_mode=args.json)
     console.setup_logging()
     try:
+        check_submitter()
         result = VERBS[args.verb](args, rest, console)
     except KeyboardInterrupt as stop:
         console.error_panel(str(stop) or "stopped")

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from importlib.metadata import version
 from pathlib import Path
 
 RAY_ENVIRONMENT = {
@@ -44,6 +45,10 @@ JOIN_ENVIRONMENT = {
 }
 
 
+# The version of midas that submitted this command as a job.
+SUBMITTER_VARIABLE = "MIDAS_SUBMITTER"
+
+
 def configure_ray() -> None:
     """Set Ray's environment variables, keeping what the user has set.
 
@@ -70,9 +75,26 @@ def configure_client() -> None:
     """
     defaults = RAY_ENVIRONMENT | MEMORY_ENVIRONMENT
     os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
-    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if given or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def check_submitter() -> None:
+    """Compare the midas that submitted this command as a job with that of this node.
+
+    Raises:
+        ConfigError: their versions differ.
+    """
+    theirs = os.environ.get(SUBMITTER_VARIABLE)
+    if theirs and theirs != (ours := version("midas")):
+        from service.config import ConfigError
+
+        raise ConfigError(
+            f"this job was submitted by midas {theirs}, its node has midas {ours}; they must be "
+            f"equal, since the code comes from there and its environment from here: install {ours} "
+            f"there, start the nodes from an image of {theirs}, or submit with --uv"
+        )
 
 
 def environment() -> dict[str, str | None]:

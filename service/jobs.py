@@ -8,13 +8,10 @@ when it is stopped: Ray reads that time in the job's environment, where `submit`
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import math
 import os
+import platform
 import re
-import secrets
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +19,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from service.cluster import RunError, uses_gpu
-from service.config import ConfigError, ScalingConfig
+from service.cluster import RunError
+from service.config import ConfigError
 from service.environment import worker_environment
+from service.submission import (
+    EXCLUDES,
+    HEAD_RESOURCE,
+    STOP_SECONDS,
+    STOP_VARIABLE,
+    check_package,
+    entrypoint,
+    job_environment,
+    job_id,
+    package_sizes,
+)
+from service.tracking import is_loopback
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -32,29 +41,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_URL = "http://127.0.0.1:8265"
-# Left out beside what .gitignore and .rayignore name: results, environments, what looks secret.
-EXCLUDES = (
-    *("/runs", "/dist", "mlruns", "mlartifacts", "mlflow.db", ".git", ".venv", "venv"),
-    *("__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis", "node_modules"),
-    *(".env", ".env.*", "*.pem", "*.key", ".netrc", ".ssh", ".aws", "auth_token"),
-)
-MAX_PACKAGE_BYTES = 50 << 20
-LARGEST_SHOWN = 3
-SECRET_NAME = re.compile(r"PASSWORD|PASSPHRASE|TOKEN|SECRET|CREDENTIAL|_KEY$", re.IGNORECASE)
-SECRET_IN_URL = re.compile(
-    r"://[^/?#\s]*:[^/?#\s]*@|[?&][^=&]*(password|secret|token|access_?key)[^=&]*=", re.IGNORECASE
-)
-# Every head node has one of it; Ray's own services may hold a little.
-HEAD_RESOURCE, HEAD_SHARE = "node:__internal_head__", 0.99
-MAX_DRIVERS = 8
-STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
-STOP_SECONDS = 120
 ANSWER_SECONDS = 10.0
 # How long a cluster may be away before following ends; the job is not touched.
 AWAY_SECONDS = 60.0
 POLL_SECONDS = 0.5
-QUIET_SECONDS = 15.0
+# A connection that was cut is as quiet as a job may be: after this time it is made again.
+QUIET_SECONDS = 60.0
 STOPPED_CODE = 130
+TOKEN_REMEDY = (
+    "put the cluster's token into a file of yours alone (chmod 600) and the file's path into "
+    "RAY_AUTH_TOKEN_PATH, or the token into RAY_AUTH_TOKEN"
+)
 PYTHON_HEADER = re.compile(r"Python/(\d+\.\d+)")
 
 
@@ -132,20 +129,13 @@ def check_clear_text(url: str, has_token: bool, *, insecure: bool) -> None:
         ConfigError: it would be.
     """
     parts = urlsplit(url)
-    if insecure or not has_token or parts.scheme == "https" or _is_loopback(parts.hostname or ""):
+    if insecure or not has_token or parts.scheme == "https" or is_loopback(parts.hostname or ""):
         return
     raise ConfigError(
         f"{url} is another machine without TLS: everyone on the way could read the token, and who "
         "has it can run anything on the cluster; use https://, a tunnel (ssh -L 8265:localhost:8265"
         f" {parts.hostname}, then --address {DEFAULT_URL}), or --insecure in a network you trust"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_versions(cluster: Cluster, ray_version: str, python: str) -> None:
@@ -166,153 +156,6 @@ def check_versions(cluster: Cluster, ray_version: str, python: str) -> None:
             )
 
 
-def check_arguments(command: Sequence[str]) -> None:
-    """A job's command can be read by everyone who may see the cluster.
-
-    Raises:
-        ConfigError: it holds a secret.
-    """
-    for word in command:
-        if SECRET_IN_URL.search(word):
-            where = word.partition("://")[0]
-            raise ConfigError(
-                f"an argument, {where}://..., holds a password or key, and the command of a job "
-                "can be read by everyone who may see the cluster; take it out and give the nodes "
-                "the credentials in their environment (AWS_SHARED_CREDENTIALS_FILE, ...)"
-            )
-
-
-def check_paths(paths: Mapping[str, str | None]) -> None:
-    """Refuse folders that would be inside a job's own copy of the working directory.
-
-    Args:
-        paths: by the flag that sets them.
-
-    Raises:
-        ConfigError: one is relative.
-    """
-    for flag, path in paths.items():
-        if path and "://" not in path and not Path(path).is_absolute():
-            raise ConfigError(
-                f"{flag} {path} is relative: on the cluster it would be inside the job's copy of "
-                "this folder, which Ray removes; give the path of a folder that all nodes share, "
-                f"as in {flag} /mnt/midas"
-            )
-
-
-def entrypoint(command: Sequence[str], *, uv: bool) -> str:
-    """The shell command that runs `midas` COMMAND in the unpacked working directory."""
-    python = ["uv", "run", "--no-dev", "python"] if uv else ["python"]
-    return shlex.join([*python, "-m", "service", *command])
-
-
-def job_environment(
-    environ: Mapping[str, str], *, uv: bool, with_secrets: bool
-) -> tuple[dict[str, str], list[str]]:
-    """The variables a job gets, and the names of those that are left out because they are secret.
-
-    Args:
-        environ: candidates; see `worker_environment`.
-    """
-    found = dict(environ)
-    hidden = [
-        name
-        for name, value in found.items()
-        if not with_secrets and (SECRET_NAME.search(name) or SECRET_IN_URL.search(value))
-    ]
-    for name in hidden:
-        del found[name]
-    if uv:  # the workers' environment is that of the driver, which uv makes
-        found["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "1"
-    found[STOP_VARIABLE] = os.environ.get(STOP_VARIABLE, str(STOP_SECONDS))
-    return found, sorted(hidden)
-
-
-def head_share(
-    scaling: ScalingConfig | None, have: Mapping[str, float], *, all_of_it: bool
-) -> float:
-    """How much of the head's resource a job takes while it runs.
-
-    Args:
-        scaling: its workers; None if it needs few.
-        have: CPUs and GPUs of the cluster.
-        all_of_it: whether it takes what there is, as a sweep does.
-    """
-    part = 1.0 if all_of_it else 0.0
-    if scaling and not all_of_it:
-        cpus = scaling.max_workers * scaling.cpus_per_worker
-        part = cpus / have["CPU"] if have.get("CPU") else 1.0
-        if uses_gpu(scaling, have) and have.get("GPU"):
-            part = max(part, scaling.max_workers / have["GPU"])
-    share = HEAD_SHARE * min(1.0, max(part, 1 / MAX_DRIVERS))
-    return math.floor(share * 1e4) / 1e4
-
-
-def job_id(command: Sequence[str], name: str) -> str:
-    """A new id that says what the job is."""
-    words = [command[0], name or next((w for w in command[1:2] if not w.startswith("-")), "")]
-    text = "-".join(re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(word).stem) for word in words if word)
-    return f"{text[:60]}-{secrets.token_hex(3)}"
-
-
-def package_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files of a working directory that would be sent, by relative path.
-
-    Looking ends at several times the limit: the folder may be a home directory.
-    """
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
-    sizes: dict[str, int] = {}
-    total = 0
-
-    def add(path: Path) -> None:
-        nonlocal total
-        if path.is_file():
-            size = path.stat().st_size
-            sizes[str(path.relative_to(folder))] = size
-            total += size
-        if total > 4 * MAX_PACKAGE_BYTES:
-            raise _EnoughError
-
-    quiet = logging.getLogger(f"{__name__}.quiet")
-    quiet.setLevel(logging.CRITICAL)
-    excludes = [_get_excludes(folder, list(EXCLUDES))]
-    with contextlib.suppress(_EnoughError):
-        _dir_travel(folder, excludes, add, include_gitignore=True, logger=quiet)
-    return sizes
-
-
-class _EnoughError(Exception):
-    """There is more than would ever be sent."""
-
-
-def check_package(folder: Path, sizes: Mapping[str, int], limit: int = MAX_PACKAGE_BYTES) -> None:
-    """Refuse to send a working directory with data in it.
-
-    Raises:
-        ConfigError: it is larger than the limit, in bytes.
-    """
-    total = sum(sizes.values())
-    if total <= limit:
-        return
-    parts: dict[str, int] = {}
-    for name, size in sizes.items():
-        top = name.partition("/")[0]
-        parts[top] = parts.get(top, 0) + size
-    names = sorted(parts, key=lambda name: -parts[name])[:LARGEST_SHOWN]
-    largest = ", ".join(f"{name} {_mib(parts[name])}" for name in names)
-    raise ConfigError(
-        f"{folder} has at least {_mib(total)} in {len(sizes)} files to send to the cluster, the "
-        f"limit is {_mib(limit)}; the largest: {largest}; name "
-        "what a job does not need in .gitignore or .rayignore; data belongs into a folder that the "
-        "nodes share"
-    )
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
-
-
 class Jobs:
     """The jobs of one cluster.
 
@@ -326,10 +169,8 @@ class Jobs:
     """
 
     def __init__(self, address: str | None, *, insecure: bool):
-        import platform
-
         self.url = jobs_url(address, os.environ)
-        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        has_token = os.environ.get("RAY_AUTH_MODE", "disabled") != "disabled"
         check_clear_text(self.url, has_token, insecure=insecure)
         _silence()
         import ray
@@ -342,10 +183,11 @@ class Jobs:
 
     def resources(self) -> dict[str, float]:
         """What all nodes of the cluster have together, by name."""
-        answer = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
-        nodes = answer.json()["data"]["result"]["result"] if answer.status_code == 200 else []
+        with _answered(self.url):
+            answer = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
+            answer.raise_for_status()
         found: dict[str, float] = {}
-        for node in nodes:
+        for node in answer.json()["data"]["result"]["result"]:
             if node["state"] == "ALIVE":
                 for name, amount in node["resources_total"].items():
                     if isinstance(amount, int | float):  # memory comes as text
@@ -372,10 +214,9 @@ class Jobs:
             with_secrets: send passwords of this environment too.
 
         Raises:
-            ConfigError: the folder is too large, or the command holds a secret.
+            ConfigError: the folder is too large.
             RunError: the cluster did not take it.
         """
-        check_arguments(command)
         check_package(folder, package_sizes(folder))
         self._warn_of_loopback(os.environ.get("MLFLOW_TRACKING_URI", ""))
         variables, hidden = job_environment(worker_environment(), uv=uv, with_secrets=with_secrets)
@@ -421,19 +262,17 @@ class Jobs:
             return self._client.get_job_logs(job)
 
     def follow(self, job: str, write: Callable[[str], None]) -> Job:
-        """Write what a job writes until it ends, also over a connection that breaks.
+        """Write what a job writes until it ends, each character once, however often the connection
+        breaks.
 
         Raises:
-            RunError: the cluster was away for AWAY_SECONDS; the job may go on.
+            RunError: there is none of this id, or the cluster was away for AWAY_SECONDS.
         """
-        self.get(job)
-        tail = _Tail(self._client, job, write)
-        answered = time.monotonic()
+        seen, answered = 0, time.monotonic()
         while True:
-            with contextlib.suppress(*_broken()):
-                asyncio.run(tail.run())
             try:
                 if (found := self.get(job)).ended:
+                    write(self.logs(job)[seen:])
                     return found
                 answered = time.monotonic()
             except AwayError as error:
@@ -442,14 +281,34 @@ class Jobs:
                         f"the cluster at {self.url} has not answered for {AWAY_SECONDS:g} s; job "
                         f"{job} may go on; midas logs {job} --follow follows it again"
                     ) from error
+            position = 0
+            for text in self._stream(job):
+                write(text[max(0, seen - position) :])
+                position += len(text)
+                seen = max(seen, position)
             time.sleep(POLL_SECONDS)
+
+    def _stream(self, job: str) -> Iterator[str]:
+        """What a job has written and writes, until it ends or the connection breaks."""
+        import aiohttp
+
+        chunks = self._client.tail_job_logs(job)
+        with asyncio.Runner() as runner:
+            while True:
+                try:
+                    text = runner.run(asyncio.wait_for(anext(chunks, None), QUIET_SECONDS))
+                except (OSError, RuntimeError, aiohttp.ClientError):  # a timeout is an OSError
+                    return
+                if text is None:
+                    return
+                yield text
 
     def stop(self, job: str) -> Job:
         """Stop a job and wait for its end; a training saves its state and can be continued.
 
-        Ray gives a job 3 s, or what the variable RAY_JOB_STOP_WAIT_TIME_S of its environment
-        says. Where it says nothing, the driver is asked by a signal first. A job that is still in
-        the queue stays there until it gets a place, and ends then.
+        Ray gives a job 3 s, or what STOP_VARIABLE of its environment says. Where that says
+        nothing, the driver is asked by a signal first. A job that is still in the queue stays
+        there until it gets a place, and ends then.
 
         Raises:
             RunError: there is none of this id, or it goes on.
@@ -458,24 +317,24 @@ class Jobs:
         if (found := _job(details)).ended:
             return found
         variables = (details.runtime_env or {}).get("env_vars") or {}
-        seconds = _seconds(variables.get(STOP_VARIABLE))
-        if seconds is None and details.driver_info:
+        if STOP_VARIABLE not in variables and details.driver_info:
             self._signal(details)
             found = self._wait(job, STOP_SECONDS)
         if not found.ended:
             with _answered(self.url):
                 self._client.stop_job(job)
-            found = self._wait(job, (seconds or 3) + ANSWER_SECONDS)
+            found = self._wait(job, ANSWER_SECONDS)
+        if found.state == "RUNNING":
+            found = self._wait(job, STOP_SECONDS)
         if found.state == "RUNNING":
             raise RunError(
-                f"job {job} has been asked to stop and still runs; midas logs {job} shows why; "
-                "Ray kills it at the end of its time"
+                f"job {job} has been asked to stop and still runs; midas logs {job} shows why"
             )
         return found
 
     def _warn_of_loopback(self, tracking: str) -> None:
         places = [urlsplit(uri).hostname or "" for uri in (self.url, tracking)]
-        if "://" in tracking and [_is_loopback(place) for place in places] == [False, True]:
+        if "://" in tracking and [is_loopback(place) for place in places] == [False, True]:
             log.warning("MLFLOW_TRACKING_URI=%s: on the cluster that is another machine", tracking)
 
     def _details(self, job: str) -> "JobDetails":
@@ -483,7 +342,7 @@ class Jobs:
             try:
                 return self._client.get_job_info(job)
             except RuntimeError as error:
-                if "404" not in str(error):
+                if "status code 404" not in str(error):
                     raise
                 raise RunError(
                     f"{self.url} knows no job {job!r}; midas jobs lists those it knows (they are "
@@ -493,8 +352,6 @@ class Jobs:
     def _wait(self, job: str, seconds: float) -> Job:
         deadline = time.monotonic() + seconds
         while not (found := self.get(job)).ended and time.monotonic() < deadline:
-            if found.state == "PENDING":
-                break  # Ray stops it when it gets a place
             time.sleep(POLL_SECONDS)
         return found
 
@@ -514,36 +371,6 @@ class Jobs:
 
 class AwayError(RunError):
     """The cluster does not answer."""
-
-
-class _Tail:
-    """What a job writes, each character once, however often the connection breaks."""
-
-    def __init__(self, client: "JobSubmissionClient", job: str, write: Callable[[str], None]):
-        self._client, self._job, self._write = client, job, write
-        self._seen = 0
-
-    async def run(self) -> None:
-        """Until the stream ends or breaks."""
-        chunks, position = self._client.tail_job_logs(self._job), 0
-        while (chunk := await self._next(chunks)) is not None:
-            new = chunk[max(0, self._seen - position) :]
-            position += len(chunk)
-            self._seen = max(self._seen, position)
-            if new:
-                self._write(new)
-
-    async def _next(self, chunks: Any) -> str | None:
-        task = asyncio.ensure_future(anext(chunks, None))
-        ended = False
-        while not (await asyncio.wait({task}, timeout=QUIET_SECONDS))[0]:
-            if ended:
-                task.cancel()
-                return None
-            # A connection that was cut says nothing, as a job may.
-            details = await asyncio.to_thread(self._client.get_job_info, self._job)
-            ended = details.status.is_terminal()
-        return task.result()
 
 
 def exit_code(state: str, code: int | None) -> int | None:
@@ -601,34 +428,37 @@ def _reason(details: "JobDetails") -> str:
     return text.splitlines()[-1] if text else ""
 
 
-def _seconds(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() else None
-
-
 def _ask(url: str) -> Cluster:
     """Greet a cluster, with the token."""
     import requests
     from ray._private.authentication.http_token_authentication import (
         get_auth_headers_if_auth_enabled,
     )
+    from ray.exceptions import AuthenticationError
 
+    try:
+        headers = get_auth_headers_if_auth_enabled({})
+    except AuthenticationError as error:  # a sentence, then Ray's documentation
+        reason = str(error).partition(". ")[0]
+        raise ConfigError(f"there is no token for {url}: {reason}; {TOKEN_REMEDY}") from error
     try:
         answer = requests.get(
             f"{url}/api/version",
-            headers=get_auth_headers_if_auth_enabled({}),
+            headers=headers,
             timeout=ANSWER_SECONDS,
             verify=_certificates(),
             allow_redirects=False,
         )
-        if answer.status_code in (401, 403):
-            raise _refused(url, answer.status_code)
-        found = answer.json()["ray_version"]
     except requests.RequestException as error:
         raise AwayError(
             f"no Ray answers jobs at {url}: {type(error).__name__}; its head must run (`ray start "
             "--head`, which shows the dashboard's address) and be reachable from here; correct "
             "--address or RAY_API_SERVER_ADDRESS"
         ) from error
+    if answer.status_code in (401, 403):
+        raise _refused(url, answer.status_code)
+    try:
+        found = answer.json()["ray_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{url} answers, but not as Ray's dashboard does ({answer.status_code}); correct "
@@ -640,10 +470,7 @@ def _ask(url: str) -> Cluster:
 
 def _refused(url: str, status: int) -> RunError:
     what = "wants a token, and none was sent" if status == 401 else "refused the token"
-    return RunError(
-        f"the cluster at {url} {what}; put its token into a file of yours alone (chmod 600) and "
-        "its path into RAY_AUTH_TOKEN_PATH, or the token into RAY_AUTH_TOKEN"
-    )
+    return RunError(f"the cluster at {url} {what}; {TOKEN_REMEDY}")
 
 
 def _certificates() -> str | bool:
@@ -663,13 +490,6 @@ def _client(url: str) -> "JobSubmissionClient":
         os.environ.update(kept)
 
 
-def _broken() -> tuple[type[Exception], ...]:
-    """What is raised where a connection breaks."""
-    import aiohttp
-
-    return (OSError, RuntimeError, aiohttp.ClientError)
-
-
 @contextlib.contextmanager
 def _answered(url: str) -> Iterator[None]:
     """Raise RunErrors for what Ray's client raises."""
@@ -685,7 +505,9 @@ def _answered(url: str) -> Iterator[None]:
     except RunError:
         raise
     except RuntimeError as error:
-        raise RunError(f"the cluster at {url} refused: {str(error).splitlines()[0]}") from error
+        away = "status code 5" in str(error)  # of a proxy, or of a head that starts
+        what = AwayError if away else RunError
+        raise what(f"the cluster at {url} refused: {str(error).splitlines()[0]}") from error
 
 
 def _silence() -> None:

@@ -13,7 +13,7 @@ ALLOWED = {
     "ray.data": ("data/pipeline.py",),
     "ray": (
         *("service/cluster.py", "service/group.py", "service/worker.py"),
-        *("service/trial.py", "service/tuner.py", "service/jobs.py"),
+        *("service/trial.py", "service/tuner.py", "service/jobs.py", "service/submission.py"),
         "data/pipeline.py",
     ),
     "optuna": ("service/study.py", "service/sweep_page.py"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def submit(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     """Run a verb as a job; what can be checked here is checked before anything is sent."""
-    from service import jobs
+    from service import jobs, submission
     from service.cluster import check_cluster_capacity
 
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
@@ -22,14 +22,14 @@ def submit(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
         make_parser().error(
             "submit takes its own flags, then what is to run: midas submit --follow train digits"
         )
-    jobs.check_arguments(words)
+    submission.check_arguments(words)
     scaling, paths, name = _needs(words)
-    jobs.check_paths(paths)
+    submission.check_paths(paths)
     cluster = jobs.Jobs(args.address, insecure=args.insecure)
     have = cluster.resources()
-    if scaling and have:
+    if scaling:
         check_cluster_capacity(scaling, have)
-    share = jobs.head_share(scaling, have, all_of_it=words[0] == "tune")
+    share = submission.head_share(scaling, have, all_of_it=words[0] == "tune")
     job = cluster.submit(
         words,
         Path.cwd(),
@@ -65,12 +65,15 @@ def _needs(words: list[str]) -> "tuple[ScalingConfig | None, dict[str, str | Non
             "--data.storage": config.data.storage,
             "--checkpoint.storage": config.checkpoint.storage,
         }
-        return None if args.verb == "prepare" else config.scaling, paths, config.name or ""
+        few = args.verb == "prepare" or getattr(args, "dry_run", False)
+        return None if few else config.scaling, paths, config.name or ""
     if rest:
         make_parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
-    device, workers = getattr(args, "device", "auto"), getattr(args, "workers", None)
-    scaling = ScalingConfig(num_workers=workers, device=device) if workers else None
-    return scaling, {"--storage": getattr(args, "storage", None)}, getattr(args, "run", "")
+    workers = getattr(args, "workers", None)
+    asked = {"num_workers": workers, "device": getattr(args, "device", "auto")}
+    scaling = ScalingConfig.model_validate(asked) if workers else None
+    paths = {f"--{name}": getattr(args, name, None) for name in ("storage", "input", "output")}
+    return scaling, paths, getattr(args, "run", "")
 
 
 def _flag(words: list[str], name: str, default: str) -> str:

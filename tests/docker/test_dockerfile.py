@@ -89,7 +89,7 @@ def test_targets_run_as_a_user_with_a_health_check(target: str):
     environment = " ".join(stage["ENV"])
     for setting in (
         *("RAY_AUTH_MODE=token", "RAY_USAGE_STATS_ENABLED=0", "MLFLOW_DISABLE_TELEMETRY=true"),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false",
+        *("MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "RAY_JOB_START_TIMEOUT_SECONDS=604800"),
     ):
         assert setting in environment
 

@@ -1,20 +1,26 @@
 """A cluster as `ray start --head` makes it: dashboard, token, its own folder and ports."""
 
+import json
 import os
-import secrets
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
-from tests.service.cli import until
+import psutil
+
+from tests.service.cli import finish, until
 
 ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -23,41 +29,65 @@ class Head:
 
     Attributes:
         url: of its dashboard.
-        token: file with its token.
+        folder: its own, and home of the user who started it.
     """
 
     url: str
-    token: Path
+    folder: Path
 
-    def environment(self, **changes: str) -> dict[str, str]:
-        """What a client needs; nothing of a cluster that this process might have."""
+    @property
+    def token(self) -> Path:
+        """File with the token."""
+        return self.folder / ".ray" / "auth_token"
+
+    def environment(self, **changes: str | None) -> dict[str, str]:
+        """What a client needs, and nothing of a cluster that this process might have.
+
+        Args:
+            changes: of single variables; None takes one away.
+        """
         own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_A", "MLFLOW_"))}
-        return {**own, "RAY_AUTH_TOKEN_PATH": str(self.token), **changes}
+        changed = {**own, "RAY_AUTH_TOKEN_PATH": str(self.token), **changes}
+        return {name: value for name, value in changed.items() if value is not None}
 
-    def midas(self, *args: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
-        return subprocess.run(
-            self._command(args),
-            capture_output=True,
-            text=True,
-            timeout=400,
-            cwd=ROOT,
-            env=self.environment(**changes),
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """What Ray itself says of the jobs, by id."""
+        wanted = Request(
+            f"{self.url}/api/jobs/", headers={"Authorization": f"Bearer {self.token.read_text()}"}
         )
+        with urlopen(wanted, timeout=30) as answer:
+            return {job["submission_id"]: job for job in json.load(answer) if job["submission_id"]}
 
-    def start(self, *args: str, **changes: str) -> subprocess.Popen[str]:
+    def midas(
+        self, *args: str, cwd: Path = ROOT, **changes: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return finish(self.start(*args, cwd=cwd, **changes))
+
+    def start(self, *args: str, cwd: Path = ROOT, **changes: str | None) -> subprocess.Popen[str]:
         """Start a command."""
         return subprocess.Popen(
-            self._command(args),
+            [str(BIN / "midas"), args[0], "--address", self.url, *args[1:]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
+            cwd=cwd,
             env=self.environment(**changes),
         )
 
-    def _command(self, args: tuple[str, ...]) -> list[str]:
-        return [sys.executable, "-m", "service", args[0], "--address", self.url, *args[1:]]
+    def ray_job(self, *args: str, **changes: str | None) -> str:
+        """`ray job submit --no-wait ARGS`; returns the job's id."""
+        done = subprocess.run(
+            [str(BIN / "ray"), "job", "submit", "--no-wait", "--address", self.url, *args],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=ROOT,
+            env=self.environment(RAY_AUTH_MODE="token", **changes),
+        )
+        found = re.search(r"Job '(\S+)' submitted", done.stdout)
+        assert found, done.stdout + done.stderr
+        return found[1]
 
 
 def free_port() -> int:
@@ -70,11 +100,11 @@ def free_port() -> int:
 def running_head(cpus: int = 2) -> Iterator[Head]:
     """A head with this many CPUs, for as long as the body runs."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets want a short path
-    token = folder / "token"
-    token.touch(0o600)
-    token.write_text(secrets.token_hex(32))
     port = free_port()
-    head = Head(f"http://127.0.0.1:{port}", token)
+    head = Head(f"http://127.0.0.1:{port}", folder)
+    home = head.environment(HOME=str(folder), RAY_AUTH_TOKEN_PATH=None)
+    words = [BIN / "ray", "get-auth-token", "--generate"]
+    subprocess.run(words, env=home, umask=0o077, check=True, capture_output=True)
     ports = {
         "port": free_port(),
         "dashboard-port": port,
@@ -83,16 +113,15 @@ def running_head(cpus: int = 2) -> Iterator[Head]:
         "object-store-memory": 256 << 20,
         "num-cpus": cpus,
     }
-    python = Path(sys.executable).parent
     environment = head.environment(
         RAY_AUTH_MODE="token",
         RAY_JOB_START_TIMEOUT_SECONDS="3600",
-        PATH=f"{python}{os.pathsep}{os.environ['PATH']}",
+        PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
     )
     log = (folder / "start.txt").open("w")
     process = subprocess.Popen(
         [
-            *(str(python / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
             *("--node-ip-address", "127.0.0.1", "--temp-dir", str(folder / "r")),
             *(f"--{name}={value}" for name, value in ports.items()),
         ],
@@ -111,10 +140,17 @@ def running_head(cpus: int = 2) -> Iterator[Head]:
         until(answers)
         yield head
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        finally:
-            process.kill()
-            log.close()
-            shutil.rmtree(folder, ignore_errors=True)
+        _kill(process)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a head and all that it started; Ray's own way takes half a minute."""
+    with suppress(psutil.NoSuchProcess):
+        for member in (family := psutil.Process(process.pid).children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=30)
+    process.kill()
+    process.wait(timeout=30)

@@ -9,26 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from service.__main__ import main
 from service.cluster import RunError
 from service.config import ConfigError, ScalingConfig
-from service.jobs import (
+from service.environment import check_submitter
+from service.jobs import Cluster, check_clear_text, check_versions, exit_code, jobs_url
+from service.submission import (
     HEAD_SHARE,
     MAX_DRIVERS,
-    Cluster,
     check_arguments,
-    check_clear_text,
     check_package,
     check_paths,
-    check_versions,
     entrypoint,
-    exit_code,
     head_share,
     job_environment,
     job_id,
-    jobs_url,
     package_sizes,
 )
-from tests.service.head import Head, free_port
+from tests.service.head import free_port
+
+NOBODY = ["--address", "http://127.0.0.1:1"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,15 @@ def test_versions_must_be_equal():
         check_versions(Cluster("http://h", "2.60.0", "3.12"), "2.60.0", "3.11")
 
 
+def test_a_job_runs_on_nodes_of_its_own_version(monkeypatch):
+    found, _ = job_environment({}, uv=False, with_secrets=False)
+    monkeypatch.setenv("MIDAS_SUBMITTER", found["MIDAS_SUBMITTER"])
+    check_submitter()
+    monkeypatch.setenv("MIDAS_SUBMITTER", "0.0.1")
+    with pytest.raises(ConfigError, match=r"submitted by midas 0\.0\.1, its node has midas 0"):
+        check_submitter()
+
+
 @pytest.mark.parametrize(
     "word",
     [
@@ -90,7 +99,7 @@ def test_versions_must_be_equal():
     ],
 )
 def test_a_secret_in_the_command_is_refused_and_not_repeated(word):
-    with pytest.raises(ConfigError, match="holds a password or key") as caught:
+    with pytest.raises(ConfigError, match="holds a secret") as caught:
         check_arguments(["train", "digits", word])
     for secret in ("SECRET", "abc", "word@"):
         assert secret not in str(caught.value)
@@ -217,7 +226,6 @@ def server(status: int, body: str, python: str = "Python/3.11 aiohttp/3.12") -> 
         http.server_close()
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("status", "body", "python", "message"),
     [
@@ -225,25 +233,46 @@ def server(status: int, body: str, python: str = "Python/3.11 aiohttp/3.12") -> 
         (200, '{"ray_version": "2.60.0"}', "Python/3.9", "runs Python 3.9, this command Python"),
         (200, "<html>", "", "answers, but not as Ray's dashboard does"),
         (302, "", "", "answers, but not as Ray's dashboard does"),
+        (401, "Unauthorized", "", "wants a token, and none was sent"),
         (403, "Forbidden", "", "refused the token"),
     ],
 )
-def test_a_cluster_that_does_not_fit(tmp_path, status, body, python, message):
-    token = tmp_path / "token"
-    token.write_text("0" * 64)
+def test_a_cluster_that_does_not_fit(capsys, status, body, python, message):
     with server(status, body, python) as url:
-        done = Head(url, token).midas("jobs")
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+        assert main(["jobs", "--address", url]) == 1
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.ray
-def test_nobody_there(tmp_path):
-    token = tmp_path / "token"
-    token.write_text("0" * 64)
-    done = Head(f"http://127.0.0.1:{free_port()}", token).midas("jobs")
-    assert done.returncode == 1
-    assert "no Ray answers jobs at" in done.stderr
-    clear = Head("http://ray-head.example:8265", token).midas("jobs")
-    assert "everyone on the way could read the token" in clear.stderr
+def test_nobody_there(capsys):
+    url = f"http://127.0.0.1:{free_port()}"
+    assert main(["jobs", "--address", url]) == 1
+    assert f"no Ray answers jobs at {url}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["jobs"], ["stop", "j"], ["submit", "doctor", "--storage", "/s"]])
+def test_no_verb_sends_a_token_in_clear(capsys, verb):
+    assert main([verb[0], "--address", "http://ray-head.example:8265", *verb[1:]]) == 1
+    assert "everyone on the way could read the token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "digits"], "--storage runs is relative"),
+        (["tune", "--resume", "s"], "--storage runs is relative"),
+        (["predict", "m", "--storage", "/s", "--input", "a", "--output", "/b"], "--input a is rel"),
+        (["train", "digits", "--data.root", "s3://K:S@b", "--storage", "/s"], "holds a secret"),
+    ],
+)
+def test_a_command_line_that_could_not_work_is_refused_here(capsys, words, message):
+    assert main(["submit", *NOBODY, *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "digits", "--optim.lrr", "1"], ["evaluate"], ["submit", "train"], ["ui"]]
+)
+def test_a_wrong_command_line_is_refused_here(words):
+    with pytest.raises(SystemExit) as caught:
+        main(["submit", *NOBODY, *words])
+    assert caught.value.code == 2
