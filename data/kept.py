@@ -1,13 +1,15 @@
 """Files of a prepared set that keep what was learnt from its training samples, so that other raw
-files can be treated alike: tokenizers, and numbers that vectors and sounds are scaled by."""
+files can be treated alike: tokenizers, numbers that vectors and sounds are scaled by, and columns
+of a table that make a vector."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from data.schema import DataError
 
+PREFIXES = ("tokenizer-", "scale-", "columns-")
 Scale = tuple[np.ndarray, np.ndarray]
 """What to subtract and to divide by, per column, (D,) float64 each."""
 
@@ -32,6 +34,21 @@ def read_scale(text: str) -> Scale:
     """The opposite of `scale_json`."""
     values = json.loads(text)
     return np.asarray(values["shift"], np.float64), np.asarray(values["factor"], np.float64)
+
+
+def columns_name(modality: str) -> str:
+    """Name of the file that keeps the columns of a modality."""
+    return f"columns-{modality}.json"
+
+
+def columns_json(columns: Sequence[str]) -> str:
+    """Names of columns as JSON."""
+    return json.dumps(list(columns)) + "\n"
+
+
+def read_columns(text: str) -> tuple[str, ...]:
+    """The opposite of `columns_json`."""
+    return tuple(json.loads(text))
 
 
 def kept(files: Mapping[str, str], name: str) -> str:

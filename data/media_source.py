@@ -78,7 +78,7 @@ class MediaSource:
             augment = augmentation(self._config, name, kind)
             self._processors[name] = build(name, kind, settings[name], augment, place, own)
         self.modalities = tuple(p.modality for p in self._processors.values())
-        self.files = dict(_kept(self._processors))
+        self.files = dict(_kept(self._processors)) | getattr(adapter, "files", {})
 
 
 def load_media(

@@ -248,7 +248,8 @@ def map_parts(
             batch_format="pyarrow",
             num_cpus=workers.cpus,
             num_gpus=workers.gpus,
-            concurrency=workers.count,
+            compute=ray.data.ActorPoolStrategy(size=workers.count),
+            max_restarts=workers.max_restarts,
         )
         tables: Any = changed.iter_batches(batch_size=None, batch_format="pyarrow")
         yield from tables
@@ -262,12 +263,14 @@ class Workers:
         count: actors.
         cpus, gpus: of each.
         readers: read tasks that run at a time; they ask for no CPU.
+        max_restarts: of each that dies; -1 for any number.
     """
 
     count: int
     cpus: int
     gpus: int
     readers: int
+    max_restarts: int
 
 
 class _Mapper:
@@ -339,4 +342,5 @@ def _context(store_bytes: int) -> DataContext:
     )
     context.custom_execution_callback_classes = [_Pace]
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that it is off
     return context

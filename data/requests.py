@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from data.config import DataConfig, ModalityConfig
 from data.folder import Folder
-from data.media_source import load_media, present_classes, root_of, sound
+from data.kept import columns_name, read_columns
+from data.media_source import load_media, root_of, sound
 from data.order import chunk_reads
 from data.pictures import decode_jpeg
 from data.processors import Place, rebuild
@@ -34,8 +35,10 @@ from data.schema import (
 )
 from data.shards import tensor_bytes
 from data.sources import TENSOR_SOURCES, Item, RejectedSample, Rejection, build_source, source_class
-from data.sources.table import UNLABELLED
-from data.sources.table_rows import FORMATS, read_columns
+from data.sources.raw import Adapter
+from data.sources.table import ForModel
+from data.sources.table_rows import FORMATS
+from data.sources.table_rows import read_columns as columns_of
 from data.splits import assign
 
 CHUNK = 64
@@ -45,6 +48,7 @@ MAX_CHUNKS = 8
 RAW_SPLIT: Split = "test"
 # How shards keep a modality, and what is random in training; the model reads the same.
 FORM = ("storage", "train_shape", "candidates", "augment")
+Loadable = tuple[list[Item], list[Rejection], Callable[[Item], dict[str, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def requests(
         raise DataError(
             f"{place} does not exist; give a folder of shards, or raw files as {manifest.name} has"
         )
-    return [_of_raw(_for_input(config, manifest, path), manifest, files, split)]
+    return [_of_raw(config, manifest, files, path, split)]
 
 
 def _of_shards(folder: Folder, manifest: Manifest, split: Split | None) -> list[Requests]:
@@ -172,54 +176,14 @@ def request_schema(manifest: Manifest, split: Split) -> pa.Schema:
     return pa.schema([*fields, (PRESENT, pa.int64()), *tensors])
 
 
-def _for_input(config: DataConfig, manifest: Manifest, path: Path) -> DataConfig:
-    """The settings of the run, with other raw files."""
-    if config.name == "table":
-        if path.suffix.lower() not in FORMATS:
-            raise DataError(
-                f"{path} is no table; the model was trained on one; give a file with suffix "
-                f"{', '.join(FORMATS)}, or a folder of shards"
-            )
-        return _for_table(config, manifest, path)
-    if config.name == "digits":
-        raise DataError(
-            f"{path} holds no {MANIFEST_NAME}, and digits has no raw files; give the folder that "
-            "`midas prepare digits` wrote"
-        )
-    if not path.is_dir():
-        raise DataError(
-            f"{path} is no folder; the model was trained on {config.name}; give a folder in its "
-            "layout, or one of shards"
-        )
-    return config.model_copy(update={"root": str(path)})
-
-
-def _for_table(config: DataConfig, manifest: Manifest, path: Path) -> DataConfig:
-    """Kinds are those of the model, whatever the cells look like; roles may have no column."""
-    columns = read_columns(path)
-    own = {m.name: config.modalities.get(m.name, ModalityConfig()) for m in manifest.modalities}
-    kinds = {m.name: own[m.name].model_copy(update={"kind": m.kind}) for m in manifest.modalities}
-    roles = {
-        role: column if (column := getattr(config, role)) in columns else None
-        for role in ("group_column", "split_column")
-    }
-    label = config.label_column if config.label_column in columns else UNLABELLED
-    places = {"table": str(path.resolve()), "root": None}
-    update = {"modalities": kinds, "label_column": label, **roles, **places}
-    return config.model_copy(update=update)
-
-
 def _of_raw(
-    config: DataConfig, manifest: Manifest, files: Mapping[str, str], split: Split | None
+    config: DataConfig,
+    manifest: Manifest,
+    files: Mapping[str, str],
+    path: Path,
+    split: Split | None,
 ) -> Requests:
-    if config.name in TENSOR_SOURCES:
-        source: Any = build_source(config)
-        source.restore(files)
-        items, rejected, load = source.items(), list(source.rejected), source.load
-        if split:
-            items = [item for item in items if item.split == split]
-    else:
-        items, rejected, load = _of_adapter(config, manifest, files, split)
+    items, rejected, load = _items(config, manifest, files, path, split)
     if split:
         rejected = [rejection for rejection in rejected if rejection.split == split]
     if not items and not rejected:
@@ -237,21 +201,83 @@ def _of_raw(
     )
 
 
-def _of_adapter(
-    config: DataConfig, manifest: Manifest, files: Mapping[str, str], split: Split | None
-) -> tuple[list[Item], list[Rejection], Callable[[Item], dict[str, np.ndarray]]]:
+def _items(
+    config: DataConfig,
+    manifest: Manifest,
+    files: Mapping[str, str],
+    path: Path,
+    split: Split | None,
+) -> Loadable:
     """Items, what is wrong with others, and how to load one."""
-    adapter = source_class(config.name)(config)
-    kinds = {m.name: m.kind for m in manifest.modalities}
-    if dict(adapter.kinds) != kinds:
+    if config.name == "digits":
         raise DataError(
-            f"these raw files have modalities {dict(adapter.kinds)}, the model reads {kinds}; give "
-            "files of the layout that it was trained on"
+            f"{path} holds no {MANIFEST_NAME}, and digits has no raw files; give the folder that "
+            "`midas prepare digits` wrote"
         )
+    if config.name == "table":
+        if path.suffix.lower() not in FORMATS:
+            raise DataError(
+                f"{path} is no table; the model was trained on one; give a file with suffix "
+                f"{', '.join(FORMATS)}, or a folder of shards"
+            )
+        vectors = _vectors(manifest, files)
+        config = _for_table(config, manifest, vectors, path)
+        return _of_adapter(ForModel(config, vectors), config, manifest, files, split)
+    if not path.is_dir():
+        raise DataError(
+            f"{path} is no folder; the model was trained on {config.name}; give a folder in its "
+            "layout, or one of shards"
+        )
+    config = config.model_copy(update={"root": str(path)})
+    if config.name not in TENSOR_SOURCES:
+        return _of_adapter(source_class(config.name)(config), config, manifest, files, split)
+    source: Any = build_source(config)
+    source.restore(files)
+    items = [item for item in source.items() if split in (None, item.split)]
+    return items, list(source.rejected), source.load
+
+
+def _vectors(manifest: Manifest, files: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Modality -> columns of numbers that it is made of."""
+    names = [m.name for m in manifest.modalities if columns_name(m.name) in files]
+    return {name: read_columns(files[columns_name(name)]) for name in names}
+
+
+def _for_table(
+    config: DataConfig, manifest: Manifest, vectors: Mapping[str, tuple[str, ...]], path: Path
+) -> DataConfig:
+    """The settings of the run, for another table: it has the kinds of the model; columns of roles
+    and of optional modalities may be missing."""
+    columns = columns_of(path)
+    modalities = {}
+    for m in manifest.modalities:
+        own = config.modalities.get(m.name, ModalityConfig())
+        read = vectors.get(m.name, (own.column or m.name,))
+        if not m.optional or any(column in columns for column in read):
+            modalities[m.name] = own.model_copy(update={"kind": m.kind})
+    roles = ("label_column", "group_column", "split_column")
+    absent: dict[str, Any] = {role: None for role in roles if getattr(config, role) not in columns}
+    if "label_column" in absent:
+        absent["label_column"] = ""
+    same = config.table is not None and Path(config.table).resolve() == path.resolve()
+    places = {"table": str(path.resolve()), "root": config.root if same else None}
+    return config.model_copy(update={"modalities": modalities, **absent, **places})
+
+
+def _of_adapter(
+    adapter: Adapter,
+    config: DataConfig,
+    manifest: Manifest,
+    files: Mapping[str, str],
+    split: Split | None,
+) -> Loadable:
+    _check_kinds(adapter, manifest)
     samples, rejected = sound(adapter)
     splits: list[Split] = [RAW_SPLIT] * len(samples)
     if split:
-        splits, _ = assign(samples, present_classes(adapter, samples), config)
+        samples = [sample for sample in samples if sample.label]  # the others are in no split
+        present = {sample.label for sample in samples}
+        splits, _ = assign(samples, [c for c in adapter.classes if c in present], config)
     items = [
         Item(number, sample.key, sample.label, RAW_SPLIT, sample.group or "", sample.media)
         for number, (sample, own) in enumerate(zip(samples, splits, strict=True))
@@ -259,8 +285,24 @@ def _of_adapter(
     ]
     settings = modality_settings(config, adapter)
     place = Place(root_of(adapter, config), config.recipe == "official")
-    processors = {m.name: rebuild(m, settings[m.name], place, files) for m in manifest.modalities}
+    processors = {
+        m.name: rebuild(m, settings[m.name], place, files)
+        for m in manifest.modalities
+        if m.name in adapter.kinds
+    }
     return items, rejected, partial(_load, processors)
+
+
+def _check_kinds(adapter: Adapter, manifest: Manifest) -> None:
+    """Raise DataError unless there is all that the model needs, and nothing else."""
+    kinds = {m.name: m.kind for m in manifest.modalities}
+    needed = {m.name for m in manifest.modalities if not m.optional}
+    found = dict(adapter.kinds)
+    if not (found.items() <= kinds.items() and needed <= found.keys()):
+        raise DataError(
+            f"these raw files have modalities {found}, the model reads {kinds}; give files of the "
+            "layout that it was trained on"
+        )
 
 
 def _load(processors: Mapping[str, Any], item: Item) -> dict[str, np.ndarray]:

@@ -9,12 +9,12 @@ tensor in C order, little endian, or of JPEG pictures.
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from data.config import Kind
 from data.folder import Folder
@@ -113,10 +113,14 @@ class Modality(_Model):
         return int(np.prod(self.stored(split))) * np.dtype(self.dtype).itemsize
 
 
-class Shard(_Model):
-    """One Parquet file, path relative to the manifest."""
+FileName = Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]
+"""Of a file beside the manifest; leads nowhere else."""
 
-    path: str
+
+class Shard(_Model):
+    """One Parquet file, beside the manifest."""
+
+    path: FileName
     rows: int
     row_groups: tuple[int, ...]
     num_bytes: int
@@ -145,7 +149,7 @@ class Manifest(_Model):
     classes: tuple[str, ...]
     splits: dict[Split, tuple[Shard, ...]]
     class_counts: dict[Split, tuple[int, ...]]
-    files: dict[str, str] = {}
+    files: dict[FileName, str] = {}
 
     def rows(self, split: Split) -> int:
         """Rows of a split."""

@@ -1,6 +1,7 @@
 """`midas export`: a trained model as a file of torch.export, checked against the model itself."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def export(model: str, output: str, storage: str) -> dict[str, Any]:
         MANIFEST_NAME: found.files[MANIFEST_NAME].decode(),
         "classes.json": json.dumps(served.manifest.classes),
     }
-    part = target.with_name(f".{target.name}.part.pt2")
-    try:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        part = Path(scratch) / "model.pt2"
         try:
             program = graphs.exported(
                 deployed, few, None if present is None else present[: graphs.EXAMPLE_ROWS]
@@ -65,8 +66,6 @@ def export(model: str, output: str, storage: str) -> dict[str, Any]:
                 f"at most {TOLERANCE:g} is allowed; nothing is written; use `midas predict`"
             )
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
     return {
         "output": str(target),
         "model": found.where,

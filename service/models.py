@@ -20,6 +20,7 @@ from service.environment import environment
 from service.files import CONFIG_NAME, RESULT_NAME, read_json
 from service.inspection import data_of, find_run
 from service.launch import checkpoint_store
+from service.redaction import redact
 from service.served import bits
 from training.checkpoint import WEIGHTS_FILES
 
@@ -96,10 +97,11 @@ def register(run: str, storage: str, name: str | None) -> dict[str, Any]:
     model = of_run(folder)
     result = json.loads(model.files[RESULT_NAME])
     manifest, data_folder = data_of(folder)
+    uri = store_uri(str(folder.parent))
     version = registry.register(
-        store_uri(str(folder.parent)),
+        uri,
         name or manifest.name,
-        result["mlflow_run_id"],
+        _recorded(uri, folder, result),
         model.files,
         _tags(folder.name, result, manifest),
         _example(ShardReader(str(data_folder), manifest, "val")),
@@ -114,6 +116,17 @@ def register(run: str, storage: str, name: str | None) -> dict[str, Any]:
         "checkpoint": version.tags[registry.CHECKPOINT_TAG],
         gate.ACCURACY: float(version.tags[gate.ACCURACY]),
     }
+
+
+def _recorded(uri: str, folder: Path, result: Mapping[str, Any]) -> str:
+    """MLflow's id of the run, after sending what MLflow did not have of it."""
+    if tracking.unsent(folder) and (left := tracking.sync(uri, folder)[1]):
+        raise ConfigError(
+            f"MLflow at {redact(uri)} does not have all of run {folder.name} ({left} records wait "
+            f"in {folder}); a model belongs to a run; see that MLflow answers, send them with "
+            f"`midas sync --storage {folder.parent}`, and repeat the command"
+        )
+    return tracking.run_id(folder) or result["mlflow_run_id"]
 
 
 def _tags(run: str, result: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
@@ -161,14 +174,6 @@ def promote(name: str, number: str, storage: str, rules: gate.Rules) -> dict[str
     registry.fetch(uri, new)  # it must be whole
     before = registry.champion(uri, name)
     decision = gate.decide(_contender(new), before and _contender(before), rules)
-    if decision.promoted:
-        now = registry.champion(uri, name)
-        if now != before:
-            raise ConfigError(
-                f"the champion of {name} changed while version {number} was compared with it; "
-                "repeat the command"
-            )
-        registry.make_champion(uri, new)
     record = {
         "promote/promoted": decision.promoted,
         "promote/reason": "; ".join(decision.refusals) or "all rules are met",
@@ -182,6 +187,8 @@ def promote(name: str, number: str, storage: str, rules: gate.Rules) -> dict[str
     verdict = "promoted" if decision.promoted else "refused"
     tags = {f"decision/{record['promote/at']}".replace("+00:00", "Z"): text, "verdict": verdict}
     registry.set_tags(uri, new, tags)
+    if decision.promoted:
+        registry.make_champion(uri, new, before)
     return {"name": name, "version": number, **record}
 
 

@@ -19,6 +19,7 @@ from data.sources import Rejection
 from service import models
 from service.cluster import ray_session, total_cpus, uses_gpu_now
 from service.config import ConfigError, RunConfig, ScalingConfig
+from service.environment import environment
 from service.served import Predictor, Served, prediction_schema
 
 SHOWN = 5
@@ -95,7 +96,13 @@ def _predicted(
     device = "cuda" if gpu else "cpu"
     make = Predictor(found.files, found.where, device, threads, part.split, conflict)
     count = config.scaling.max_workers
-    workers = Workers(count, threads, int(gpu), readers=max(1, total_cpus() - count * threads))
+    workers = Workers(
+        count,
+        threads,
+        int(gpu),
+        readers=max(1, total_cpus() - count * threads),
+        max_restarts=-1 if environment()["RAY_ADDRESS"] else 0,  # a node of a cluster may go
+    )
     row_nbytes = served.manifest.row_nbytes(part.split)
     yield from map_parts(
         *(part.read, part.shared, part.items, part.rows, row_nbytes, make, workers)

@@ -21,12 +21,12 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from data.kept import PREFIXES
 from service import tracking
 from service.config import ConfigError
 from service.files import RESULT_NAME
-from service.served import KEPT_PREFIXES, NEEDED, read_files
+from service.redaction import redact
+from service.served import NEEDED, read_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
-REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+NAME = re.compile(r"[\w .-]+")
+REFERENCE = re.compile(
+    rf"models:/(?P<name>{NAME.pattern})(?:@(?P<alias>{NAME.pattern})|/(?P<version>\d+))"
+)
 SCRIPT = Path(__file__).parent / "pyfunc_model.py"
-LOADER = "mlflow.pyfunc.loaders.code_model"
 ARTIFACTS = "artifacts/model"
 # What MLflow writes; the last one when it copies a registered model.
 WRITTEN = (
@@ -47,7 +49,7 @@ REQUIRED = ("midas", "mlflow", "torch", "numpy", "pyarrow", "safetensors")
 FILES_TAG, RUN_TAG, CHECKPOINT_TAG, DIGEST_TAG = (
     *("files_sha256", "run", "checkpoint", "data_digest"),
 )
-SECONDS = 60
+SECONDS = 60  # for a request; weights take longer than metrics
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,15 @@ def is_reference(model: str) -> bool:
     return model.startswith("models:")
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError unless a model can have this name."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a registered model; use letters, digits, spaces, "
+            "dots, dashes and underscores"
+        )
+
+
 def register(
     uri: str,
     name: str,
@@ -98,6 +109,7 @@ def register(
     """
     from mlflow.entities import LoggedModelOutput
 
+    check_name(name)
     with _asking(uri, f"register run {tags[RUN_TAG]} as {name}") as client:
         experiment = client.get_run(run_id).info.experiment_id
         for found in client.search_model_versions(f"name='{name}'"):
@@ -148,8 +160,18 @@ def champion(uri: str, name: str) -> Version | None:
         return None if number is None else _version(client.get_model_version(name, number))
 
 
-def make_champion(uri: str, new: Version) -> None:
-    """Move the alias."""
+def make_champion(uri: str, new: Version, before: Version | None) -> None:
+    """Move the alias.
+
+    Raises:
+        ConfigError: it is not where it was when the versions were compared.
+    """
+    now = champion(uri, new.name)
+    if (now and now.version) != (before and before.version):
+        raise ConfigError(
+            f"the champion of {new.name} changed while version {new.version} was compared with it; "
+            "repeat the command"
+        )
     with _asking(uri, f"promote {new.uri}") as client:
         client.set_registered_model_alias(new.name, CHAMPION, new.version)
 
@@ -169,9 +191,9 @@ def fetch(uri: str, of: Version) -> dict[str, bytes]:
             was registered.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        with _asking(uri, f"download {of.uri}"):
-            from mlflow.artifacts import download_artifacts
+        from mlflow.artifacts import download_artifacts
 
+        with _asking(uri, f"download {of.uri}"):
             place = download_artifacts(
                 artifact_uri=of.uri, dst_path=scratch, tracking_uri=uri, registry_uri=uri
             )
@@ -194,15 +216,6 @@ def check_folder(folder: Path, of: Version) -> None:
                 f"{of.uri} holds {name}, which is no part of a model of ours (weights are "
                 f"safetensors, all else JSON and YAML); {remedy}"
             )
-    flavors = yaml.safe_load((folder / "MLmodel").read_text()).get("flavors", {})
-    found = flavors.get("python_function", {})
-    ours = {"loader_module": LOADER, "model_code_path": SCRIPT.name}
-    told = {key: Path(str(found.get(key))).name for key in ours}
-    if set(flavors) != {"python_function"} or told != ours or "python_model" in found:
-        raise ConfigError(
-            f"{of.uri}: its MLmodel asks for {told['loader_module']} and flavors "
-            f"{', '.join(flavors)}, ours for {LOADER} and the script {SCRIPT.name}; {remedy}"
-        )
     if files_digest(folder) != of.tags.get(FILES_TAG):
         raise ConfigError(f"{of.uri}: its files are not those that were registered; {remedy}")
 
@@ -220,7 +233,7 @@ def files_digest(folder: Path) -> str:
 def _is_known(name: str) -> bool:
     place, _, file = name.rpartition("/")
     if place == ARTIFACTS:
-        kept = file.startswith(KEPT_PREFIXES) and file.endswith(".json")
+        kept = file.startswith(PREFIXES) and file.endswith(".json")
         return kept or file in (*NEEDED, RESULT_NAME)
     return name in WRITTEN
 
@@ -272,7 +285,7 @@ def _answer(files: Mapping[str, bytes], example: Mapping[str, np.ndarray]) -> An
 
 
 @contextlib.contextmanager
-def _set(variable: Any, value: bool) -> Iterator[None]:
+def _set(variable: Any, value: object) -> Iterator[None]:
     """An MLflow setting, for the body."""
     before = variable.get_raw()
     variable.set(value)
@@ -285,15 +298,13 @@ def _set(variable: Any, value: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _current(uri: str) -> Iterator[None]:
     """The store is MLflow's global one in the body: for logged models and downloads of versions it
-    looks there, whatever store it is told."""
-    import mlflow
+    looks there, whatever store it is told. The environment variable, which MLflow changes with it,
+    is as before afterwards."""
+    from mlflow.environment_variables import MLFLOW_TRACKING_URI
+    from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
+    with _set(MLFLOW_TRACKING_URI, uri), _use_tracking_uri(uri):
         yield
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 def _create_name(client: MlflowClient, name: str) -> None:
@@ -313,18 +324,21 @@ def _version(found: ModelVersion) -> Version:
 @contextlib.contextmanager
 def _asking(uri: str, what: str) -> Iterator[MlflowClient]:
     """A client; what MLflow refuses becomes a sentence."""
-    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+    from mlflow import environment_variables as variables
     from mlflow.exceptions import MlflowException
 
-    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    variables.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     for name in ("mlflow.pyfunc", "mlflow.models.model", "mlflow.utils.environment"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        client = tracking._connect(uri)
-        with _current(uri):
-            yield client
-    except MlflowException as error:
-        raise ConfigError(
-            f"MLflow at {uri} could not {what}: {error.message}; check the name and that it is the "
-            "store of the run (MLFLOW_TRACKING_URI; unset means mlflow.db in the storage folder)"
-        ) from error
+        with _set(variables.MLFLOW_HTTP_REQUEST_TIMEOUT, SECONDS), _current(uri):
+            yield tracking.connect(uri)
+    except (MlflowException, OSError) as error:  # OSError: of files, or of their way to a server
+        remedy = (
+            "repeat the command when it answers"
+            if tracking.is_away(uri, error)
+            else "check the name, the login, and that it is the store of the run "
+            "(MLFLOW_TRACKING_URI; unset means mlflow.db in the storage folder)"
+        )
+        said = redact(str(getattr(error, "message", error)))
+        raise ConfigError(f"MLflow at {redact(uri)} could not {what}: {said}; {remedy}") from error

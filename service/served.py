@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from data.kept import PREFIXES
 from data.reader import PRESENT, tensors
 from data.requests import CHUNK
 from data.schema import MANIFEST_NAME, Manifest, Split
@@ -27,7 +28,6 @@ from training.checkpoint import WEIGHTS_FILES, CheckpointError, load_weights
 from training.methods.base import wide
 
 NEEDED = (CONFIG_NAME, MANIFEST_NAME, *WEIGHTS_FILES)
-KEPT_PREFIXES = ("tokenizer-", "scale-")
 CONFLICT = 0.5
 
 
@@ -99,7 +99,7 @@ class Served:
             self.manifest = Manifest.model_validate_json(files[MANIFEST_NAME])
         except ValueError as error:
             raise ConfigError(f"{where}/{MANIFEST_NAME} is no manifest: {error}") from error
-        self.kept = {n: c.decode() for n, c in files.items() if n.startswith(KEPT_PREFIXES)}
+        self.kept = {n: c.decode() for n, c in files.items() if n.startswith(PREFIXES)}
         self.device = torch.device(device)
         precision = self.config.train.precision
         self.method = make_method(self.config, self.manifest)
@@ -156,7 +156,7 @@ class Served:
 def _self_contained(config: RunConfig) -> RunConfig:
     """Without weights to begin training with, which the model's own replace."""
     encoders = {
-        name: encoder.model_copy(update={"weights": "none"})
+        name: encoder.model_copy(update={"weights": "none", "pretrained": False})
         for name, encoder in config.model.encoders.items()
     }
     model = config.model.model_copy(update={"encoders": encoders})

@@ -176,7 +176,7 @@ def open_run(
             _deliver(uri, outbox)
     except Exception as error:  # whatever MLflow, its HTTP client or its database raises
         said = redact(str(getattr(error, "message", error)))
-        if not _is_away(uri, error):
+        if not is_away(uri, error):
             outbox.cut(size)
             raise ConfigError(
                 f"the MLflow store {redact(uri)} could not open run {run_id or run_name!r}: {said};"
@@ -283,7 +283,7 @@ class RunLogger:
             if not held:
                 time.sleep(0.1)
                 return True
-            self._client = self._client or _connect(self._uri)
+            self._client = self._client or connect(self._uri)
             limit, self._limit = self._limit, max(1, self._limit // 2)
             self.num_dropped += _send_next(self._client, self._outbox, limit)
         self._limit = ENTITIES_PER_BATCH
@@ -426,7 +426,7 @@ def _check_login(host: str) -> None:
         )
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
     """A client that fails within seconds, sends no telemetry and says nothing on the terminal.
 
     MLflow takes these settings only from its environment variables; those already set win.
@@ -491,7 +491,7 @@ def _deliver(uri: str, outbox: Outbox) -> None:
         while outbox.has_due():
             with outbox.held() as held:
                 if held:
-                    _send_next(_connect(uri), outbox)
+                    _send_next(connect(uri), outbox)
                     continue
             if time.monotonic() > began + HELD_SECONDS:
                 raise TimeoutError("another process is sending it")
@@ -502,7 +502,7 @@ def _deliver(uri: str, outbox: Outbox) -> None:
         raise
 
 
-def _is_away(uri: str, error: Exception) -> bool:
+def is_away(uri: str, error: Exception) -> bool:
     """Whether a server did not answer, or not as one that works."""
     return uri.startswith(SERVERS) and getattr(error, "error_code", "") in AWAY
 

@@ -3,6 +3,7 @@
 Shapes: B rows, C classes, M modalities.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,19 +54,20 @@ class Deployed(nn.Module):
 
 def exported(model: Deployed, rows: dict[str, Tensor], present: Tensor | None) -> ExportedProgram:
     """The graph for any number of rows; `rows` are EXAMPLE_ROWS or so, not 0 or 1."""
-    shapes = {
-        "rows": {name: {0: Dim.DYNAMIC} for name in rows},
-        "present": None if present is None else {0: Dim.DYNAMIC},
-    }
+    shapes: dict[str, object] = {"rows": {name: {0: Dim.DYNAMIC} for name in rows}}
+    if present is not None:
+        shapes["present"] = {0: Dim.DYNAMIC}
     with torch.no_grad():
-        program = export(model, (rows, present), dynamic_shapes=shapes)
+        program = export(model, _arguments(rows, present), dynamic_shapes=shapes)
     program.example_inputs = None  # they would be the only pickle in the file
     return program
 
 
 def write(program: ExportedProgram, path: Path, notes: Mapping[str, str]) -> None:
     """Save a graph; `notes` are text files in it."""
-    save(program, path, extra_files=dict(notes))
+    with warnings.catch_warnings():  # of weights on other devices, and there are none
+        warnings.simplefilter("ignore", UserWarning)
+        save(program, path, extra_files=dict(notes))
 
 
 def difference(
@@ -73,12 +75,21 @@ def difference(
 ) -> float:
     """Largest difference of any probability between a file's graph and the model itself, over
     batches of PARITY_ROWS rows cut from `rows`."""
-    program, largest = load(path).module(), 0.0
+    with warnings.catch_warnings():  # of read-only memory, which nobody writes
+        warnings.simplefilter("ignore", UserWarning)
+        program, largest = load(path).module(), 0.0
     for count in PARITY_ROWS:
         part = {name: value[:count] for name, value in rows.items()}
-        there = None if present is None else present[:count]
+        given = _arguments(part, None if present is None else present[:count])
         with torch.no_grad():
-            ours, theirs = model(part, there), program(part, there)
+            ours, theirs = model(*given), program(*given)
         gaps = [float((ours[name] - theirs[name]).abs().max()) for name in ours]
         largest = max(largest, *gaps)
     return largest
+
+
+def _arguments(
+    rows: dict[str, Tensor], present: Tensor | None
+) -> tuple[dict[str, Tensor]] | tuple[dict[str, Tensor], Tensor]:
+    """What the graph is called with: no `present` where it was traced without."""
+    return (rows,) if present is None else (rows, present)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from data.config import DataConfig, Kind, ModalityConfig
+from data.kept import columns_json, columns_name
 from data.schema import DataError, Split
 from data.sources.base import raw_folder
 from data.sources.raw import Media, RawSample, Unreadable, Values
@@ -22,8 +23,6 @@ KEY_COLUMNS = ("id", "key", "sample_id")
 SHARD_COLUMNS = ("sample_id", "label", "key", "group", "present")
 NUMBERS = "table"
 """The modality that all columns of numbers make together."""
-UNLABELLED = ""
-"""Label of all samples where `label_column` is "", of a table that a trained model is to label."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -74,6 +73,7 @@ class Table:
     name: ClassVar[str] = "table"
     version: ClassVar[int] = 1
     official: ClassVar[Mapping[str, ModalityConfig]] = {}
+    min_modalities: ClassVar[int] = 2
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
@@ -88,6 +88,16 @@ class Table:
         self._check_plans(columns)
         self.kinds: Mapping[str, Kind] = {name: plan.kind for name, plan in self._plans.items()}
         self.classes = _in_order(labels)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """To be kept with the prepared set: columns of numbers that are a vector, in order."""
+        vectors = {
+            name: plan.columns
+            for name, plan in self._plans.items()
+            if plan.columns != (self._named.get(name, name),)
+        }
+        return {columns_name(name): columns_json(columns) for name, columns in vectors.items()}
 
     def describe(self) -> list[str]:
         """A line per modality: `photo: image (from column photo, 136 paths .webp)`."""
@@ -116,8 +126,6 @@ class Table:
             return Unreadable(f"{self._path.name} {row.where}", str(error), split)
 
     def _label(self, cells: Cells) -> str:
-        if not self._config.label_column:
-            return UNLABELLED
         if label := word(cells, self._config.label_column):
             return label
         raise BadRow(f"column {self._config.label_column} is empty; a label is needed")
@@ -270,13 +278,56 @@ class Table:
                     f"{', '.join(SHARD_COLUMNS)}); name the modalities yourself, with their "
                     f"columns: `--data.modalities.NAME.column {plan.columns[0]}`"
                 )
-        if len(self._plans) < 2:
+        if len(self._plans) < self.min_modalities:
             found = "; ".join(self.describe()) or "none"
             raise DataError(
                 f"at least 2 modalities are needed, and of {self._path.name} there is {found}; its "
                 f"columns are {', '.join(columns)}; name all that you want, "
                 "`--data.modalities.NAME.column COLUMN`: once one is named, no other is used"
             )
+
+
+class ForModel(Table):
+    """Samples from a table for a trained model, read as the table that it was trained on.
+
+    Labels may be missing, in single rows or all, and are then ""; so may optional modalities. What
+    is read is not guessed from the cells again: kinds are those of the model, and the columns that
+    make a vector are those of training, in that order.
+
+    Args:
+        config: with the kind of every modality; `label_column` is "" where there is none.
+        vectors: modality -> columns of numbers that it is made of, see `Table.files`.
+    """
+
+    min_modalities: ClassVar[int] = 1
+
+    def __init__(
+        self, config: DataConfig, vectors: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        self._vectors = vectors or {}
+        super().__init__(config)
+
+    def _label(self, cells: Cells) -> str:
+        return word(cells, self._config.label_column)
+
+    def _check_settings(self, columns: Sequence[str]) -> None:
+        for name, own in self._grouped({}).items():
+            if missing := [column for column in own if column not in columns]:
+                raise DataError(
+                    f"{self._path.name} has no column {missing[0]!r}, of which modality {name} was "
+                    f"made in training; its columns are {', '.join(columns)}; name them as the "
+                    "model's table does"
+                )
+
+    def _candidates(self, columns: Sequence[str]) -> list[str]:
+        return [column for own in self._grouped({}).values() for column in own]
+
+    def _grouped(self, profiles: Mapping[str, Profile]) -> dict[str, tuple[str, ...]]:
+        return {n: self._vectors.get(n, (column,)) for n, column in self._named.items()}
+
+    def _check_kind(self, name: str, kind: Kind, column: str, profile: Profile) -> None:
+        if profile.form != "empty":
+            super()._check_kind(name, kind, column, profile)
 
 
 def _table_path(config: DataConfig) -> Path:
@@ -301,6 +352,6 @@ def _root(config: DataConfig, table: Path) -> Path:
 
 def _in_order(labels: set[str]) -> tuple[str, ...]:
     try:
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+        return tuple(sorted(labels, key=lambda label: (label != "", int(label or 0), label)))
     except ValueError:
         return tuple(sorted(labels))

@@ -36,6 +36,10 @@ def train(args: argparse.Namespace, rest: list[str], console: "Console") -> dict
     from service.cluster import check_local_capacity, lazy_session
 
     config = run_config(args, rest)
+    if args.register_as:
+        from service import registry
+
+        registry.check_name(args.register_as)
     if args.chaos:
         from service.chaos import run_chaos
 

@@ -1,18 +1,23 @@
 """Rows for a trained model: raw files give what the shards of the same files hold, bit for bit."""
 
 import csv
-from collections.abc import Iterator
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.config import DataConfig
 from data.prepare import prepare
 from data.requests import CHUNK, Requests, requests
-from data.schema import DataError, Manifest, Split
+from data.schema import DataError, Manifest, Split, load_manifest
 from tests.data.media_files import picture, tone, write_image, write_sound
 
 ROWS = 60
@@ -38,7 +43,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_table(path: Path, numbers: range, *, label: bool = True, broken: int = 13) -> Path:
+def write_table(
+    path: Path,
+    numbers: Iterable[int],
+    *,
+    label: bool = True,
+    unlabelled: Sequence[int] = (),
+    words: str | None = "as they are",
+    broken: int = 13,
+) -> Path:
     rows = []
     for number in numbers:
         rng = np.random.default_rng(number)
@@ -54,6 +67,12 @@ def write_table(path: Path, numbers: range, *, label: bool = True, broken: int =
                 **({"label": ("cat", "dog")[number % 2]} if label else {}),
             }
         )
+        if number in unlabelled:
+            rows[-1]["label"] = ""
+        if words is None:
+            del rows[-1]["words"]
+        elif not words:
+            rows[-1]["words"] = ""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -81,8 +100,12 @@ def shards(config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def made(shards: Path) -> tuple[Manifest, dict[str, str]]:
-    manifest = Manifest.model_validate_json((shards / "manifest.json").read_text())
-    return manifest, {name: (shards / name).read_text() for name in manifest.files}
+    return load_made(shards)
+
+
+def load_made(folder: Path) -> tuple[Manifest, dict[str, str]]:
+    manifest = load_manifest(folder)
+    return manifest, {name: (folder / name).read_text() for name in manifest.files}
 
 
 def tables(wanted: list[Requests]) -> Iterator[pa.Table]:
@@ -142,6 +165,124 @@ def test_rows_need_no_label(config: DataConfig, made: tuple[Manifest, dict[str, 
     told = by_key(requests(str(root / "table.csv"), config, *made, None))
     untold = by_key(requests(str(path), config, *made, None))
     assert untold == {key: row | {"label": None} for key, row in told.items()}
+
+
+def test_some_rows_may_have_a_label(
+    config: DataConfig, made: tuple[Manifest, dict[str, str]], root: Path
+):
+    path = write_table(root / "some.csv", range(ROWS), unlabelled=range(0, ROWS, 4))
+    told = by_key(requests(str(root / "table.csv"), config, *made, None))
+    some = by_key(requests(str(path), config, *made, None))
+    empty = {f"row-{number}": {"label": None} for number in range(0, ROWS, 4)}
+    assert some == {key: row | empty.get(key, {}) for key, row in told.items()}
+    labelled = write_table(root / "rest.csv", (n for n in range(ROWS) if n % 4))
+    for split in ("train", "val", "test"):  # rows without a label are in none, and move none
+        own = by_key(requests(str(path), config, *made, split))
+        assert own == by_key(requests(str(labelled), config, *made, split))
+
+
+@pytest.mark.parametrize("column", ["absent", "empty"])
+def test_an_optional_modality_may_be_missing_in_all_rows(
+    config: DataConfig, made: tuple[Manifest, dict[str, str]], root: Path, column: str
+):
+    path = write_table(
+        root / f"{column}.csv", range(20, 30), words=None if column == "absent" else ""
+    )
+    told = by_key(requests(str(root / "table.csv"), config, *made, None))
+    rows = by_key(requests(str(path), config, *made, None))
+    assert len(rows) == 10
+    for key, row in rows.items():
+        assert row["present"] == 0b11011
+        assert row["words"] == bytes(8 * 4)
+        assert row["sound"] == told[key]["sound"]
+
+
+def test_a_missing_column_is_named(
+    config: DataConfig, made: tuple[Manifest, dict[str, str]], root: Path
+):
+    path = root / "narrow.csv"
+    path.write_text("id,photo,sound,words,steps\n1,photos/0.png,sounds/0.wav,a,[[1]]\n")
+    with pytest.raises(DataError, match=r"no column 'numbers', of which modality numbers was made"):
+        requests(str(path), config, *made, None)
+
+
+def test_columns_of_numbers_keep_the_order_of_training(tmp_path: Path):
+    """Whatever order another table has them in, and whatever other numbers it has."""
+    rng = np.random.default_rng(0)
+    names = ("age", "weight", "height")
+    rows = [
+        {"id": f"r{number}", "label": "ab"[number % 2], "note": f"word {WORDS[number % 4]}"}
+        | {name: float(value) for name, value in zip(names, rng.normal(100, 9, 3), strict=True)}
+        for number in range(60)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
+    config = DataConfig.model_validate({"name": "table", "table": str(tmp_path / "own.parquet")})
+    prepare(config, tmp_path / "set")
+    made = load_made(tmp_path / "set")
+    assert {"columns-table.json", "scale-table.json"} <= set(made[1])
+    stored = by_key(requests(str(tmp_path / "set"), config, *made, None))
+    other = [
+        {name: row[name] for name in ("weight", "note", "height", "id", "age")} | {"shoes": 40.0}
+        for row in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(other), tmp_path / "other.parquet")
+    raw = by_key(requests(str(tmp_path / "other.parquet"), config, *made, None))
+    assert {key: row["table"] for key, row in raw.items()} == {
+        key: row["table"] for key, row in stored.items()
+    }
+    pq.write_table(pa.Table.from_pylist(other).drop(["age"]), tmp_path / "less.parquet")
+    with pytest.raises(DataError, match="no column 'age', of which modality table was made"):
+        requests(str(tmp_path / "less.parquet"), config, *made, None)
+
+
+LAYOUTS = {
+    "cremad": {"modalities": {"visual": {"storage": "jpeg"}}},
+    "kinetics": {"recipe": "official"},
+    "ucf101": {},
+    "food101": {"modalities": {"text": {"tokenizer": "fit", "tokens": 16}}},
+    "mosi": {},
+    "rosmap": {"split": "random_70_10_20"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_raw_folders_give_the_rows_of_their_shards(shared_data: Path, tmp_path: Path, name: str):
+    root = shared_data / name
+    if not root.is_dir():
+        generator = shared_data.parent / "reference" / "make_layouts.py"
+        flags = ["--classes", "2", "--per-class", "12", "--clip-seconds", "0.5", "--datasets", name]
+        command = [sys.executable, str(generator), str(tmp_path), *flags]
+        subprocess.run(command, check=True, capture_output=True)
+        root = tmp_path / name
+    settings = {"name": name, "root": str(root), **LAYOUTS[name]}
+    config = DataConfig.model_validate(settings)
+    prepare(config, tmp_path / "set")
+    made = load_made(tmp_path / "set")
+    for split in ("val", "test"):
+        stored = by_key(requests(str(tmp_path / "set"), config, *made, split))
+        raw = by_key(requests(str(root), config, *made, split))
+        assert raw == stored
+        assert len(raw) == made[0].rows(split) > 0
+
+
+def test_a_manifest_that_leads_elsewhere_is_refused(
+    config: DataConfig, shards: Path, made: tuple[Manifest, dict[str, str]], tmp_path: Path
+):
+    (tmp_path / "secret").write_text("key")
+    content = json.loads((shards / "manifest.json").read_text())
+    shard = content["splits"]["val"][0]
+    sha256 = hashlib.sha256(b"key").hexdigest()
+    for changed in (
+        content | {"files": {"../secret": sha256}},
+        content | {"splits": {"val": [shard | {"path": "../secret", "sha256": sha256}]}},
+        content | {"splits": {"val": [shard | {"path": str(tmp_path / "secret")}]}},
+    ):
+        folder = tmp_path / "hostile"
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match="is not a manifest of format 2"):
+            requests(str(folder), config, *made, None)
 
 
 def test_shards_of_another_kind_are_refused(

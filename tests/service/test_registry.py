@@ -99,7 +99,7 @@ def test_a_version_holds_no_pickle(storage: Path, registered: dict[str, Any]):
         ("audio", [-1, 1, 40, 25]),
     ]
     example = json.loads((folder / "input_example.json").read_text())
-    assert len(example["inputs" if "inputs" in example else "instances"]["image"]) == 2
+    assert [len(example[name]) for name in ("image", "audio")] == [2, 2]
 
 
 def test_predictions_are_those_that_evaluate_counts(
@@ -242,7 +242,7 @@ mlflow.pyfunc.load_model("models:/digits@champion")
     assert "Deserializing model using pickle is disallowed" in done.stderr
     assert not (tmp_path / "taken").exists()
     (tampered / "python_model.pkl").unlink()
-    assert "its MLmodel asks for mlflow.pyfunc.model" in refused(storage, shards, tmp_path)
+    assert "its files are not those that were registered" in refused(storage, shards, tmp_path)
 
 
 def test_a_pickle_in_the_place_of_weights_is_refused(
@@ -354,12 +354,12 @@ def table_run(storage: Path) -> Path:
         kind = number % 3
         values = rng.normal(100 + 10 * kind, 8, size=4).round(3).tolist()
         text = None if number % 10 == 7 else f"{words[kind]} {number}"
-        rows.append({"id": f"row-{number}", "label": "cde"[kind], "note": text, "values": values})
+        rows.append({"id": f"row-{number}", "label": "cde"[kind], "note": text, "sizes": values})
     pq.write_table(pa.Table.from_pylist(rows), folder / "table.parquet")
     flags = [
         *("--manifest", str(folder / "table.parquet"), "--method", "joint_uni"),
         *("--data.modalities.note.kind", "text", "--data.modalities.note.optional"),
-        *("--data.modalities.note.tokens", "12", "--data.modalities.values.kind", "vector"),
+        *("--data.modalities.note.tokens", "12", "--data.modalities.sizes.kind", "vector"),
         *("--optim.epochs", "2", "--train.global-batch-size", "32", "--optim.lr", "0.01"),
         *("--model.encoders.note.width", "16", "--model.encoders.note.heads", "2"),
         *("--scaling.num-workers", "1", "--name", "table"),
@@ -397,9 +397,9 @@ def test_rejects_are_counted_named_and_reported(storage: Path, table_run: Path, 
     rows = pq.read_table(table_run / "table.parquet").to_pylist()[:20]
     for row in rows:
         del row["label"]
-    rows[3]["values"] = [1.0, 2.0]
-    rows[4]["values"] = None
-    rows[5]["values"] = [1.0, float("nan"), 2.0, 3.0]
+    rows[3]["sizes"] = [1.0, 2.0]
+    rows[4]["sizes"] = None
+    rows[5]["sizes"] = [1.0, float("nan"), 2.0, 3.0]
     rows[6]["id"] = rows[2]["id"]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "new.parquet")
     output = tmp_path / "out.parquet"
@@ -414,7 +414,7 @@ def test_rejects_are_counted_named_and_reported(storage: Path, table_run: Path, 
     assert reasons.keys() == {"row-2", "row-3", "row-4", "row-5"}
     assert "keys are unique" in reasons["row-2"]
     assert "has shape (2,), (4,) expected" in reasons["row-3"]
-    assert reasons["row-4"].startswith("values is missing")
+    assert reasons["row-4"].startswith("sizes is missing")
     assert "1 values that are not finite" in reasons["row-5"]
     told = pq.read_table(output)
     assert told.column("label").null_count == told.num_rows == 16

@@ -1,18 +1,24 @@
 """What a model says: columns, conflicts, missing modalities; and its graph."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 
 from data.schema import Manifest, Modality
-from service.served import Answers, prediction_columns, prediction_schema
+from service.config import RunConfig, config_yaml
+from service.served import Answers, Served, prediction_columns, prediction_schema
+from service.stepper import Stepper
 from training.augment import RowSpec, augment
+from training.checkpoint import pack
 from training.config import EncoderConfig, ModelConfig
 from training.encoders import build_model
 from training.export import Deployed, difference, exported, write
+from training.loop import Position
 from training.methods.joint import JointUni
 from training.methods.unimodal import Unimodal
 from training.modality import ModalitySpec
@@ -93,6 +99,59 @@ def test_columns_name_classes_and_leave_out_what_is_not_there():
     assert sum(rows[0]["probabilities"]) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_a_model_answers_as_the_method_that_was_saved(precision: str, tmp_path: Path):
+    """Also without the weights that its training began with."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertConfig(**sizes, intermediate_size=8, vocab_size=11)
+    transformers.BertModel(bert).save_pretrained(tmp_path / "bert")
+    encoder = {"kind": "pretrained", "name": str(tmp_path / "bert")}
+    settings = {
+        "train": {"precision": precision},
+        "method": "joint_uni",
+        "model": {"encoders": {"words": encoder}},
+    }
+    config = RunConfig.model_validate(settings)
+    about = Manifest(
+        name="toy",
+        source={},
+        split_rule="",
+        modalities=(
+            Modality(name="words", kind="text", shape=(6,), dtype="int32", vocab_size=11),
+            Modality(name="numbers", kind="vector", shape=(3,), dtype="float16", optional=True),
+        ),
+        classes=("cat", "dog", "eel"),
+        splits={},
+        class_counts={},
+    )
+    stepper = Stepper(config, about, torch.device("cpu"))
+    notes = {"precision": stepper.precision}
+    packed = pack(stepper.method, stepper.optimizer, stepper.schedule, Position(), notes)
+    files = {
+        "config.yaml": config_yaml(config).encode(),
+        "manifest.json": about.to_json().encode(),
+        **packed.files(),
+    }
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    rng = np.random.default_rng(0)
+    rows = {
+        "words": rng.integers(1, 11, (70, 6), dtype=np.int32),
+        "numbers": rng.normal(size=(70, 3)).astype(np.float16),
+    }
+    present = np.ones((70, 2), bool)
+    present[::3, 1] = False
+    said = Served(files, "the model", "cpu")(rows, present)
+    method = stepper.method.eval()
+    inputs = {name: torch.from_numpy(value) for name, value in rows.items()}
+    with torch.no_grad():
+        logits = method.predict(method.model.encode(inputs, torch.from_numpy(present)))
+    expected = logits["fused"].double().softmax(dim=1).numpy()
+    np.testing.assert_allclose(
+        said.probability_BC, expected, atol=1e-2 if precision == "bf16" else 1e-6
+    )
+    np.testing.assert_array_equal(said.present_BM, present)
+
+
 @pytest.mark.parametrize("method", [JointUni, Unimodal])
 @pytest.mark.parametrize("lacking", [False, True])
 def test_a_graph_says_what_the_model_says(method: type, lacking: bool, tmp_path: Path):
@@ -123,5 +182,10 @@ def test_a_graph_says_what_the_model_says(method: type, lacking: bool, tmp_path:
     inputs = rows | {"image": augment(rows["image"], SPECS["image"], None)}
     with torch.no_grad():
         logits = model.predict(model.model.encode(inputs, present))["fused"]
-        said = torch.export.load(path).module()(rows, present)["fused"]
+        given = (rows, present) if lacking else (rows,)
+        said = torch.export.load(path).module()(*given)["fused"]
     torch.testing.assert_close(said, logits.softmax(dim=1), atol=1e-5, rtol=0)
+    with zipfile.ZipFile(path) as archive:  # torch would pickle the sample inputs
+        assert {n: archive.read(n) for n in archive.namelist() if n.endswith(".pt")} == {
+            "model/data/sample_inputs/model.pt": b""
+        }
