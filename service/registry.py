@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from service import tracking
+from service import sending
 from service.config import ConfigError
 from service.files import RESULT_NAME
 from service.served import KEPT_PREFIXES, NEEDED, read_files
@@ -320,7 +320,7 @@ def _asking(uri: str, what: str) -> Iterator[MlflowClient]:
     for name in ("mlflow.pyfunc", "mlflow.models.model", "mlflow.utils.environment"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        client = tracking._connect(uri)
+        client = sending.connect(uri)
         with _current(uri):
             yield client
     except MlflowException as error:

@@ -25,14 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mlflow import MlflowClient
 
-from service import tracking
+from service import mlflow_server, tracking
+from service.outbox import Outbox
 from tests.service.test_tracking import free_port, wait_until_up
 
 EPOCH_SECONDS = 0.7  # about, of the small model
 
 
 def serve(storage: Path, port: int) -> subprocess.Popen[bytes]:
-    command, extra = tracking.ui_command(tracking.tracking_uri(storage), "127.0.0.1", port)
+    command, extra = mlflow_server.ui_command(tracking.tracking_uri(storage), "127.0.0.1", port)
     server = subprocess.Popen(command, env=os.environ | extra, cwd=storage, start_new_session=True)
     wait_until_up(f"http://127.0.0.1:{port}", server)
     return server
@@ -97,7 +98,7 @@ def main() -> None:
             "points_in_mlflow": sum(len(there[key]) for key in keys),
             "equal": all(sorted(there[key]) == wanted[key] for key in keys),
             "status": client.get_run(run_id).info.status,
-            "events_left": sum(1 for _ in tracking.Outbox(folder).due()),
+            "events_left": sum(1 for _ in Outbox(folder).due()),
         }
         print(json.dumps(result))
     finally:
