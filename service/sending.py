@@ -31,8 +31,10 @@ SERVERS = ("http://", "https://")
 MAX_DIGEST_CHARACTERS = 32  # MLflow allows 36
 PARAMS_PER_BATCH = 100
 ENTITIES_PER_BATCH = 500  # MLflow allows 1000; a busy SQLite takes seconds for it
-# Between two calls of a run while it trains, and between attempts while the store is away.
+# Between two calls of a run while it trains, while it catches up, and between attempts while the
+# store is away.
 SEND_SECONDS = 5.0
+CATCH_UP_SECONDS = 2.0
 MAX_RETRY_SECONDS = 30.0
 CLOSE_SECONDS = 15.0
 HELD_SECONDS = 10.0
@@ -59,7 +61,8 @@ class DatasetInfo(NamedTuple):
 
 
 class Sender:
-    """A thread that sends an outbox by at most one call every SEND_SECONDS.
+    """A thread that sends an outbox by at most one call every SEND_SECONDS (CATCH_UP_SECONDS while
+    more is due than fits into one).
 
     A server that is slow or away slows and stops nothing; what it missed is sent when it is back,
     in smaller calls at first.
@@ -108,14 +111,15 @@ class Sender:
             else:
                 if failing:
                     logger.info("MLflow at %s is back", redact(self._uri))
-                failing, wait = False, SEND_SECONDS
+                failing, wait = False, min(CATCH_UP_SECONDS, SEND_SECONDS) if left else SEND_SECONDS
             if ending and (not left or began > (self._end_by or 0.0)):
                 return
 
     def _send(self) -> bool:
-        """One call, a smaller one after a failure; returns whether there is more to send."""
+        """One call, a smaller one after a failure; returns whether it was too small for all."""
         if not self._outbox.has_due():
             return False
+        size = self._outbox.size()
         with self._outbox.held() as held:
             if not held:
                 time.sleep(0.1)
@@ -124,7 +128,7 @@ class Sender:
             limit, self._limit = self._limit, max(1, self._limit // 2)
             self.num_refused += _send_next(self._client, self._outbox, limit)
         self._limit = ENTITIES_PER_BATCH
-        return self._outbox.has_due()
+        return self._outbox.state().get("sent", 0) < size
 
 
 def load(uri: str) -> None:
