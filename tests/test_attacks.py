@@ -1,12 +1,14 @@
-"""Attacks on the data that a run reads; those on other parts are tested beside them (README,
-Security)."""
+"""Attacks on the data that a run reads, and what keeps others from coming back; the table in the
+README says where the rest is tested."""
 
+import ast
 import hashlib
 import json
 import os
 import pickle
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from data.schema import MANIFEST_NAME, DataError, Manifest, load_manifest, verif
 from data.sources.table_rows import read_columns
 from tests.service.test_cli import midas
 
+ROOT = Path(__file__).parent.parent
 SHARD = "train-00000.parquet"
 TENSOR_TYPES = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "arrow.fixed_shape_tensor")
 
@@ -224,3 +227,72 @@ def test_arrays_of_a_table_are_refused_with_their_reason(
     (rejected,) = (tmp_path / "runs").rglob("rejected.jsonl")
     assert words in rejected.read_text()
     assert not (root / "taken").exists()
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """What a file calls, by its full name as far as it is written there."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def given(call: ast.Call, name: str) -> object:
+    """A literal argument."""
+    return next((ast.literal_eval(k.value) for k in call.keywords if k.arg == name), None)
+
+
+def dangers(path: Path) -> list[str]:
+    """Calls by which content that is read could run, or write anywhere."""
+    found = []
+    for name, call in calls(path):
+        last = name.rpartition(".")[2]
+        if (
+            name
+            in ("eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "jsonpickle.decode")
+            or name.startswith(("pickle.load", "cloudpickle.", "joblib.load", "dill.", "marshal."))
+            or last in ("extract", "extractall", "unpack_archive", "read_pickle")
+            or (name == "torch.load" and given(call, "weights_only") is not True)
+            or (name == "np.load" and given(call, "allow_pickle") is not False)
+            or name == "torch.export.load"
+            or any(k.arg == "shell" for k in call.keywords)
+        ):
+            found.append(f"{path.relative_to(path.parents[1])}:{call.lineno} {name}")
+    return found
+
+
+def test_no_code_of_ours_unpickles_unpacks_or_evaluates():
+    files = [
+        path for room in ("service", "training", "data") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert [danger for path in files for danger in dangers(path)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pickle.loads(b)",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f)",
+        "archive.extractall(folder)",
+        "shutil.unpack_archive(f)",
+        "subprocess.run(text, shell=True)",
+        "yaml.load(text)",
+    ],
+)
+def test_such_code_would_be_found(tmp_path: Path, line: str):
+    (tmp_path / "a.py").write_text(line)
+    assert dangers(tmp_path / "a.py")
+
+
+def test_the_table_of_attacks_names_tests_that_are_there():
+    readme = (ROOT / "README.md").read_text()
+    table = readme.partition("**Attacks tried.**")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`([\w/]+)::(\w+)`", row)
+        assert named, row
+        for file, test in named:
+            source = (ROOT / "tests" / f"{file}.py").read_text()
+            assert f"def {test}(" in source, f"{file}.py has no {test}"

@@ -48,7 +48,8 @@ def serve(storage: Path, port: int) -> subprocess.Popen[bytes]:
 def train(storage: Path, name: str, epochs: int, server: str) -> subprocess.Popen[bytes]:
     words = ["train", "digits", "--name", name, "--storage", str(storage), *SMALL]
     command = [sys.executable, "-m", "service", *words, "--optim.epochs", str(epochs)]
-    return subprocess.Popen(command, env=os.environ | {"MLFLOW_TRACKING_URI": server})
+    variables = os.environ | {"MLFLOW_TRACKING_URI": server}
+    return subprocess.Popen(command, env=variables, stdout=sys.stderr)
 
 
 def rows(storage: Path, name: str) -> list[dict[str, float]]:
