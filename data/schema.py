@@ -119,10 +119,6 @@ class Modality(_Model):
 class Shard(_Model):
     """One Parquet file, in the folder of the manifest."""
 
-
-class Shard(_Model):
-    """One Parquet file, beside the manifest."""
-
     path: str
     rows: int
     row_groups: tuple[int, ...]
