@@ -3,9 +3,10 @@
     uv run python docker/processes.py FOLDER [SERVICE ...]
 
 Starts PostgreSQL, an S3-compatible store, MLflow with accounts, a Ray head and two worker nodes,
-with the commands, environments and secrets of compose.yaml, all on loopback. Waits until each is
-healthy, says what to type in another shell, and ends all on Ctrl-C or SIGTERM, or when one ends.
-With names of services it starts these and what they depend on.
+with the commands, environments and secrets of compose.yaml, on loopback (but for Ray's inner ports,
+which Ray opens on all addresses). Waits until each is healthy, says what to type in another shell,
+and ends all on Ctrl-C or SIGTERM, or when one ends. With names of services it starts these and what
+they depend on.
 
 A playground: the store is moto, which keeps objects in memory and checks no keys, and every start
 begins anew in a folder of its own. FOLDER/runs, the storage of the jobs, and all logs stay there.
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 DOCKER = Path(__file__).resolve().parent
@@ -35,7 +37,7 @@ PYTHON = Path(sys.executable).parent
 ENTRYPOINT = str(DOCKER / "runtime/entrypoint.sh")
 CHECK = ["python", str(DOCKER / "runtime/health.py")]
 START_SECONDS = 300.0
-STOP_SECONDS = 40.0
+STOP_SECONDS = 10.0
 POLL_SECONDS = 0.5
 MAX_FOLDER_CHARACTERS = 30  # Ray's sockets lie in it, and their paths have at most 107
 DATABASE_PORT, STORE_PORT = 5432, 8333
@@ -100,8 +102,17 @@ class Plan:
         }
 
     def waves(self, names: Sequence[str]) -> Iterator[list[Service]]:
-        """The services of these names and what they depend on; each wave needs those before it."""
+        """The services of these names and what they depend on; each wave needs those before it.
+
+        Raises:
+            StartError: there is none of a name.
+        """
         described = self.compose["services"]
+        if unknown := set(names) - set(described):
+            raise StartError(
+                f"compose.yaml has no service {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(described)}"
+            )
         left, done = set(names), set()
         for _ in described:
             left |= {need for name in left for need in described[name].get("depends_on", {})}
@@ -291,12 +302,17 @@ class Processes:
         return next((name for name, p in self._running.items() if p.poll() is not None), None)
 
     def stop(self) -> None:
-        """End all, the last one first."""
-        for process in reversed(self._running.values()):
+        """End all, with what they have started."""
+        processes = list(self._running.values())
+        family = [member for process in processes for member in _descendants(process.pid)]
+        for process in reversed(processes):
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=STOP_SECONDS)
-            with contextlib.suppress(ProcessLookupError):  # also what it left behind
+        _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+        for member in left:  # Ray's nodes take half a minute to end by themselves
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -344,6 +360,15 @@ class Processes:
         log = self._log(service.name)
         lines = log.read_text(errors="replace").splitlines()[-20:]
         return "\n".join([f"the end of {log}:", *lines])
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """A process and all that it started, some of which are in sessions of their own."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def make_folder(folder: Path) -> None:

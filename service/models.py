@@ -3,6 +3,7 @@
 import getpass
 import json
 import math
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def promote(name: str, number: str, storage: str, rules: gate.Rules) -> dict[str
     record = {
         "promote/promoted": decision.promoted,
         "promote/reason": "; ".join(decision.refusals) or "all rules are met",
-        "promote/by": f"{getpass.getuser()}@{socket.gethostname()}",
+        "promote/by": f"{_user()}@{socket.gethostname()}",
         "promote/at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         **({"promote/new_data": rules.new_data} if rules.new_data else {}),
         **decision.numbers,
@@ -190,6 +191,15 @@ def promote(name: str, number: str, storage: str, rules: gate.Rules) -> dict[str
     if decision.promoted:
         registry.make_champion(uri, new, before)
     return {"name": name, "version": number, **record}
+
+
+def _user() -> str:
+    """As MLflow knows them, else as this machine does."""
+    name = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    try:
+        return name or getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
 
 
 def _finite(value: object) -> object:

@@ -69,6 +69,12 @@ def measure(pids: dict[str, int], seconds: float) -> dict[str, dict[str, float]]
     return found
 
 
+def total(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The sums over all services."""
+    columns = next(iter(found.values()))
+    return {column: round(sum(part[column] for part in found.values()), 3) for column in columns}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="time to measure")
@@ -78,10 +84,10 @@ def main() -> None:
     with running(*args.only) as topology:
         time.sleep(args.rest)
         found = measure(topology.pids, args.seconds)
-    columns = ("processes", "rss_mib", "pss_mib", "cores")
-    total = {column: round(sum(part[column] for part in found.values()), 3) for column in columns}
     machine = {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-    print(json.dumps({"services": found, "total": total, "seconds": args.seconds, **machine}))
+    print(
+        json.dumps({"services": found, "total": total(found), "seconds": args.seconds, **machine})
+    )
 
 
 if __name__ == "__main__":

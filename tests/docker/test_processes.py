@@ -78,3 +78,9 @@ def test_a_folder_that_exists_or_is_too_long_is_refused(processes: ModuleType, t
         processes.make_folder(Path("/tmp"))
     with pytest.raises(processes.StartError, match="too many for the paths of Ray's sockets"):
         processes.make_folder(tmp_path / ("x" * 40))
+
+
+def test_an_unknown_service_is_named(processes: ModuleType, tmp_path: Path):
+    plan = processes.Plan(tmp_path, 1, 200 << 20)
+    with pytest.raises(processes.StartError, match="no service redis; it has ray-head, ray-worker"):
+        list(plan.waves(["redis"]))

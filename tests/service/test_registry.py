@@ -325,6 +325,8 @@ def test_an_exported_graph_says_what_predict_says(
     result = last_json(midas(*command, storage=storage))
     assert result["export/max_difference"] < 1e-5
     predict(storage, "models:/digits@champion", shards, tmp_path / "out.parquet", "--split", "val")
+    trained = json.loads((storage / "first" / "result.json").read_text())
+    limit = 1e-5 if trained["precision"] == "fp32" else 0.05  # the graph is in fp32
     code = f"""
 import sys, torch, numpy as np, pyarrow.parquet as pq
 program = torch.export.load({str(path)!r}).module()
@@ -336,7 +338,8 @@ manifest = load_manifest({str(shards)!r})
 rows = tensors(table, manifest.modalities, "val")
 said = program({{k: torch.from_numpy(np.array(v)) for k, v in rows.items()}})["fused"]
 told = pq.read_table({str(tmp_path / "out.parquet")!r}).column("probabilities").to_pylist()[:100]
-assert np.abs(said.detach().numpy() - np.array(told)).max() < 1e-5
+gaps = np.abs(said.detach().numpy() - np.array(told))
+assert gaps.max() < {limit} and gaps.mean() < {limit} / 20, (gaps.max(), gaps.mean())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

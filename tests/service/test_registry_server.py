@@ -123,7 +123,9 @@ def test_all_verbs_work_through_the_server(
     again = last_json(midas("register", "first", "--json", storage=storage, **login))
     assert again == made
     promote = ("promote", "digits", "1", "--floor", "0", "--json")
-    assert last_json(midas(*promote, storage=storage, **login))["promote/promoted"]
+    decision = last_json(midas(*promote, storage=storage, **login))
+    assert decision["promote/promoted"]
+    assert decision["promote/by"].startswith("admin@")
     [shards] = (storage / "shards").iterdir()
     command = ("predict", "models:/digits@champion", "--input", str(shards), "--split", "val")
     output = ("--output", str(tmp_path / "out.parquet"), "--json")
