@@ -186,6 +186,19 @@ def test_rows_are_sent_together_and_seconds_apart(
     assert len(history(*run, "b")) == 300
 
 
+def test_what_does_not_fit_into_a_call_follows_sooner(
+    run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "SEND_SECONDS", 60.0)
+    monkeypatch.setattr(sending, "CATCH_UP_SECONDS", 0.2)
+    logger = RunLogger(*run)
+    steps = 2 * sending.ENTITIES_PER_BATCH + 1
+    logger.log_many(({"a": float(step)}, step, 1.7e9 + step) for step in range(steps))
+    until(lambda: not Outbox(run[1]).has_due(), timeout=30)
+    assert logger.close() == 0
+    assert len(history(*run, "a")) == steps
+
+
 def test_finish_run_stores_results(run: tuple[str, Path], tmp_path: Path) -> None:
     uri, folder = run
     (tmp_path / "r.json").write_text('{"a": 1}')
