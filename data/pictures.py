@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from data.schema import DataError
+
 JPEG_QUALITY = 92
 LENGTH = np.dtype("<u4")
 
@@ -32,4 +34,9 @@ def decode_jpeg(data: bytes, wanted: Sequence[int], out: np.ndarray) -> None:
     for picture, number in zip(out, wanted, strict=True):
         start, stop = starts[number]
         with Image.open(io.BytesIO(data[start:stop]), formats=("JPEG",)) as image:
+            if image.size != out.shape[:-3:-1]:  # before it is decoded: it may claim any size
+                raise DataError(
+                    f"a picture of a shard claims {image.size} pixels, {out.shape[:-3:-1]} "
+                    "expected; prepare the set again"
+                )
             picture[:] = np.asarray(image).transpose(2, 0, 1)

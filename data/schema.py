@@ -8,18 +8,21 @@ tensor in C order, little endian, or of JPEG pictures.
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Annotated, Literal
+import math
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from data.config import Kind
 from data.folder import Folder
 
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20  # of 300,000 shards
+MAX_ROW_BYTES = (1 << 31) - 1  # of a modality; Arrow has no longer rows of fixed size
 Split = Literal["train", "val", "test"]
 
 
@@ -106,21 +109,17 @@ class Modality(_Model):
 
     def nbytes(self, split: Split) -> int:
         """Bytes of one delivered row."""
-        return int(np.prod(self.delivered(split))) * np.dtype(self.dtype).itemsize
+        return math.prod(self.delivered(split)) * np.dtype(self.dtype).itemsize
 
     def stored_nbytes(self, split: Split) -> int:
         """Bytes of one stored row, decoded."""
-        return int(np.prod(self.stored(split))) * np.dtype(self.dtype).itemsize
-
-
-FileName = Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]
-"""Of a file beside the manifest; leads nowhere else."""
+        return math.prod(self.stored(split)) * np.dtype(self.dtype).itemsize
 
 
 class Shard(_Model):
-    """One Parquet file, beside the manifest."""
+    """One Parquet file, in the folder of the manifest."""
 
-    path: FileName
+    path: str
     rows: int
     row_groups: tuple[int, ...]
     num_bytes: int
@@ -149,7 +148,7 @@ class Manifest(_Model):
     classes: tuple[str, ...]
     splits: dict[Split, tuple[Shard, ...]]
     class_counts: dict[Split, tuple[int, ...]]
-    files: dict[FileName, str] = {}
+    files: dict[str, str] = {}
 
     def rows(self, split: Split) -> int:
         """Rows of a split."""
@@ -205,13 +204,40 @@ def load_manifest(place: str | Path | Folder) -> Manifest:
             f"{folder} holds no {MANIFEST_NAME}; a prepared data set has one (it is written last); "
             "run `midas prepare` on the raw data first"
         )
+    if (size := folder.size(MANIFEST_NAME) or 0) > MAX_MANIFEST_BYTES:
+        raise DataError(
+            f"{folder}/{MANIFEST_NAME} has {size} bytes; at most {MAX_MANIFEST_BYTES} are read; "
+            "get the set from whom you trust, or prepare it"
+        )
     try:
-        return Manifest.model_validate_json(folder.read(MANIFEST_NAME))
+        manifest = Manifest.model_validate_json(folder.read(MANIFEST_NAME))
+        _check(manifest)
+        return manifest
     except ValueError as error:
         raise DataError(
             f"{folder}/{MANIFEST_NAME} is not a manifest of format 2: {error}; delete {folder} and "
             "prepare again"
         ) from error
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for what no preparation of ours writes, and an attacker might."""
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    for name in (*manifest.files, *(shard.path for shard in shards)):
+        if name in ("", ".", "..") or PurePosixPath(name).name != name or {"\\", "\0"} & set(name):
+            raise ValueError(f"{name!r} is no name of a file in the folder itself")
+    for modality in manifest.modalities:
+        shapes = [modality.shape, modality.train_shape or modality.shape]
+        if not all(shapes) or min(*map(min, shapes), modality.candidates) < 1:
+            raise ValueError(f"{modality.name} has shapes {shapes}; all numbers must be positive")
+        if (size := max(map(modality.stored_nbytes, manifest.splits))) > MAX_ROW_BYTES:
+            raise ValueError(
+                f"a row of {modality.name} would have {size} bytes; at most {MAX_ROW_BYTES} are "
+                "read"
+            )
+    for shard in shards:
+        if shard.rows != sum(shard.row_groups) or min(shard.row_groups, default=1) < 1:
+            raise ValueError(f"{shard.path} has {shard.rows} rows in groups {shard.row_groups}")
 
 
 def verify_shards(manifest: Manifest, place: str | Path | Folder) -> None:
@@ -242,10 +268,22 @@ def verify_shards(manifest: Manifest, place: str | Path | Folder) -> None:
                     f"{shard.num_bytes} expected, and its SHA-256 must equal the manifest's; "
                     f"delete {folder} and run `midas prepare` again"
                 )
-            with folder.open(shard.path) as file:
-                found = pq.read_schema(file)
-            if not found.equals(schema, check_metadata=False):
+            if _columns_and_rows(folder, shard) != (schema, shard.row_groups):
                 raise DataError(
-                    f"shard {folder}/{shard.path} ({split}) has other columns than the manifest "
-                    f"says; delete {folder} and run `midas prepare` again"
+                    f"shard {folder}/{shard.path} ({split}) has other columns or rows than the "
+                    f"manifest says; delete {folder} and run `midas prepare` again"
                 )
+
+
+def _columns_and_rows(folder: Folder, shard: Shard) -> tuple[pa.Schema, tuple[int, ...]]:
+    """What a shard says of itself: its schema, and rows of its row groups."""
+    try:
+        with folder.open(shard.path) as file, pq.ParquetFile(file) as parquet:
+            about = parquet.metadata
+            groups = tuple(about.row_group(i).num_rows for i in range(about.num_row_groups))
+            return parquet.schema_arrow, groups
+    except Exception as error:  # also what extension types raise when they read their own metadata
+        raise DataError(
+            f"shard {folder}/{shard.path} is no Parquet of plain types ({error}); delete {folder} "
+            "and run `midas prepare` again"
+        ) from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from service.mlflow_server import is_loopback
 from service.redaction import has_credentials, redact
 
 GIB = 1 << 30
@@ -380,8 +381,6 @@ def _token_source() -> str | None:
 
 
 def _is_local(address: str) -> bool:
-    from service.tracking import is_loopback
-
     host = urlsplit(address if "://" in address else f"//{address}").hostname
     return address in ("auto", "local") or is_loopback(host or "")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.doctor import Finding, answer, authentication, token_files
+from service.mlflow_server import is_loopback
 from service.redaction import secret_names
-from service.tracking import is_loopback
 
 RAY_PROGRAMS = (
     *("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/core"),

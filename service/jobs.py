@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from service.cluster import RunError
 from service.config import ConfigError
 from service.environment import worker_environment
+from service.mlflow_server import is_loopback
 from service.submission import (
     EXCLUDES,
     HEAD_RESOURCE,
@@ -33,7 +34,6 @@ from service.submission import (
     job_id,
     package_sizes,
 )
-from service.tracking import is_loopback
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

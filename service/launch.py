@@ -23,7 +23,7 @@ from data.folder import Folder
 from data.prepare import CARD_NAMES, Part, PrepareReport, Work, default_folder, prepare
 from data.schema import MANIFEST_NAME, Manifest, load_manifest
 from data.shards import ShardOutcome
-from service import tracking
+from service import sending, tracking
 from service.cluster import (
     RunError,
     Session,
@@ -250,7 +250,7 @@ class _Run:
 
     def load(self) -> None:
         """Import what takes seconds, while Ray starts."""
-        tracking.load(self._uri)
+        sending.load(self._uri)
         load_workers()
 
     def payload(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +100,12 @@ class Outbox:
     def note(self, **changes: Any) -> None:
         """Change what is known of MLflow's side."""
         write_text(self.folder / STATE_NAME, json.dumps(self.state() | changes, indent=2) + "\n")
+
+    def confirm(self, due: Due) -> None:
+        """MLflow has everything up to this event."""
+        with (self.folder / EVENTS_NAME).open("rb") as file:
+            os.fsync(file.fileno())  # no power cut may leave less of it than is noted here
+        self.note(sent=due.end)
 
     def size(self) -> int:
         """Bytes of all events."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.kept import PREFIXES
-from service import tracking
+from service import sending
 from service.config import ConfigError
 from service.files import RESULT_NAME
 from service.redaction import redact
@@ -332,11 +332,11 @@ def _asking(uri: str, what: str) -> Iterator[MlflowClient]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with _set(variables.MLFLOW_HTTP_REQUEST_TIMEOUT, SECONDS), _current(uri):
-            yield tracking.connect(uri)
+            yield sending.connect(uri)
     except (MlflowException, OSError) as error:  # OSError: of files, or of their way to a server
         remedy = (
             "repeat the command when it answers"
-            if tracking.is_away(uri, error)
+            if sending.is_away(uri, error)
             else "check the name, the login, and that it is the store of the run "
             "(MLFLOW_TRACKING_URI; unset means mlflow.db in the storage folder)"
         )

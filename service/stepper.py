@@ -11,9 +11,10 @@ from service.config import ConfigError, RunConfig
 from training.augment import RowSpec
 from training.clock import Clock
 from training.distributed import data_parallel, from_ranks
-from training.encoders import ModalitySpec, build_model
+from training.encoders import build_model
 from training.methods import build_method
 from training.methods.base import Method
+from training.modality import ModalitySpec
 from training.optim import build_optimizer, build_schedule
 from training.precision import Precision, best_precision
 

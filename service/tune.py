@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.schema import load_manifest
-from service import launch, record, study, tracking
+from service import launch, record, sending, study, tracking
 from service.cluster import (
     lazy_session,
     node_resources,
@@ -199,7 +199,7 @@ def _load(config: RunConfig) -> None:
     """Import what takes seconds, while Ray starts."""
     from service import tuner  # noqa: F401
 
-    tracking.load(tracking.tracking_uri(Path(config.storage), environment()["MLFLOW_TRACKING_URI"]))
+    sending.load(tracking.tracking_uri(Path(config.storage), environment()["MLFLOW_TRACKING_URI"]))
 
 
 def _sentence(plan: Mapping[str, Any]) -> str:

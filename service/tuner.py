@@ -104,7 +104,14 @@ def _explained(error: BaseException) -> BaseException:
     return error
 
 
-class _Asking(Searcher):
+class _NotKept:
+    """Tune pickles its searcher and scheduler to go on with; here the sweep's record does that."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Asking(_NotKept, Searcher):
     """Asks the sweep what to try."""
 
     def __init__(self, sweep: Sweep):
@@ -130,7 +137,7 @@ class _Asking(Searcher):
         """There is nothing that the sweep's record does not have."""
 
 
-class _Ending(FIFOScheduler):
+class _Ending(_NotKept, FIFOScheduler):
     """Asks the sweep what to end."""
 
     def __init__(self, sweep: Sweep):

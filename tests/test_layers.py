@@ -17,7 +17,12 @@ ALLOWED = {
         "data/pipeline.py",
     ),
     "optuna": ("service/study.py", "service/sweep_page.py"),
-    "mlflow": ("service/tracking.py", "service/registry.py", "service/pyfunc_model.py"),
+    "mlflow": (
+        "service/tracking.py",
+        "service/sending.py",
+        "service/registry.py",
+        "service/pyfunc_model.py",
+    ),
     "torch.distributed": ("training/distributed.py",),
     "torch": (
         *("training/", "service/worker.py", "service/rows.py", "service/keeper.py"),

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.byte_pictures import LEVELS, shaped
-from training.encoders import CLIPS, ModalityKind
+from training.modality import CLIPS, ModalityKind
 
 PICTURES = ("image", *CLIPS)
 CROP_AREA = (0.08, 1.0)

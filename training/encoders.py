@@ -6,15 +6,14 @@ Shapes: K frames of a clip, C classes. The networks are in `networks.py` and `pr
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
 
 from training.batchnorm import synchronise
 from training.config import EncoderConfig, ModelConfig
+from training.modality import CLIPS, ModalitySpec
 from training.model import MultimodalModel
 from training.networks import (
     RESNET18_FEATURES,
@@ -26,12 +25,9 @@ from training.networks import (
     small_cnn,
 )
 
-ModalityKind = Literal["image", "frames", "flow", "audio", "text", "vector", "sequence"]
-
 SMALL_SIDE = 64
 CNN_WIDTH = 32
 TRANSFORMER_WIDTH = 128
-CLIPS = ("frames", "flow")
 PLANES = ("image", *CLIPS, "audio")
 READS: dict[str, tuple[str, ...]] = {
     "small_cnn": PLANES,
@@ -40,27 +36,6 @@ READS: dict[str, tuple[str, ...]] = {
     "transformer": ("text", "sequence"),
     "pretrained": (*PLANES, "text"),
 }
-
-
-@dataclass(frozen=True)
-class ModalitySpec:
-    """What an encoder must know of a modality.
-
-    Attributes:
-        name: of the modality.
-        kind: image (C, H, W); frames and flow (K, C, H, W), flow with C = 2; audio (1, bands,
-            frames) or (1, frames, bands); text (L,) token ids; vector (D,); sequence (T, D), padded
-            with zeros in front. Images and audio may lack the first dimension.
-        shape: of one row.
-        pad: of a text, id of the padding token.
-        vocab_size: of a text, number of ids.
-    """
-
-    name: str
-    kind: ModalityKind
-    shape: tuple[int, ...]
-    pad: int = 0
-    vocab_size: int = 0
 
 
 def build_encoder(config: EncoderConfig, spec: ModalitySpec) -> Encoder:

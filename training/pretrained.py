@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from training.encoders import EncoderConfig, ModalityKind, ModalitySpec
+from training.config import EncoderConfig
+from training.modality import ModalityKind, ModalitySpec
 from training.networks import attended
 
 INPUTS: dict[ModalityKind, str] = {

@@ -184,7 +184,22 @@ def _json_object(line: bytes) -> Cells | str:
 
 
 def _parquet_columns(path: Path) -> list[str]:
-    return pq.read_schema(path).names
+    try:
+        schema = pq.read_schema(path)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # An extension type reads metadata of its own, and raises what it likes.
+        raise pa.ArrowInvalid(str(error)) from error
+    if odd := [field for field in schema if _has_extension(field.type)]:
+        raise DataError(
+            f"column {odd[0].name!r} of {path} is of the extension type {odd[0].type}; only plain "
+            "columns are read: numbers, texts and lists of numbers"
+        )
+    return schema.names
+
+
+def _has_extension(kind: pa.DataType) -> bool:
+    parts = (kind.field(i).type for i in range(kind.num_fields))
+    return isinstance(kind, pa.BaseExtensionType) or any(map(_has_extension, parts))
 
 
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Row]:

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 def ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     """Become the MLflow UI."""
-    from service import tracking
+    from service import mlflow_server, tracking
     from service.environment import environment
 
     uri = tracking.tracking_uri(Path(args.storage), environment()["MLFLOW_TRACKING_URI"])
-    command, env = tracking.ui_command(uri, args.host, args.port)
+    command, env = mlflow_server.ui_command(uri, args.host, args.port)
     console.status(f"MLflow UI of {uri}: http://{args.host}:{args.port} (Ctrl-C ends it)")
     os.execvpe(command[0], command, {**os.environ, **env})
 

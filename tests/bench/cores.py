@@ -46,12 +46,13 @@ def call(core: int, precision: torch.dtype, slices: int, start: Barrier, out: Co
         for _ in range(3):
             kernel()
         start.wait()
-        begin = time.perf_counter()
-        counts = np.zeros(slices)
-        while (now := int((time.perf_counter() - begin) / SLICE_SECONDS)) < slices:
+        ends = [time.perf_counter()]
+        borders = ends[0] + SLICE_SECONDS * np.arange(slices + 1)
+        while ends[-1] < borders[-1]:
             kernel()
-            counts[now] += 1
-    out.send(counts / SLICE_SECONDS)
+            ends.append(time.perf_counter())
+    calls = np.interp(borders, ends, np.arange(len(ends)))
+    out.send(np.diff(calls) / SLICE_SECONDS)
 
 
 def rates(precision: torch.dtype, seconds: float, cores: list[int]) -> np.ndarray:

@@ -24,8 +24,10 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from service.tracking import git_commit  # noqa: E402
 from training.batch import Batch, Progress  # noqa: E402
-from training.encoders import ModalitySpec, ModelConfig, build_model  # noqa: E402
+from training.config import ModelConfig  # noqa: E402
+from training.encoders import build_model  # noqa: E402
 from training.methods import MidasConfig, build_method  # noqa: E402
+from training.modality import ModalitySpec  # noqa: E402
 from training.optim import OptimConfig, build_optimizer  # noqa: E402
 
 METHODS = ("midas", "joint_uni", "joint")

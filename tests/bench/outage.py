@@ -4,13 +4,14 @@
 
 Trains digits with a real MLflow server over an SQLite file, which is killed (`down`) or stopped
 with SIGSTOP (`slow`) for so long in mid-run, and started again. Prints one JSON line: median
-seconds of an epoch with the server up and away, and the points that MLflow has against the rows
-of the run's history.
+seconds of an epoch before, while the server was away, and after; and the points that MLflow has
+against the rows of the run's history.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,17 +26,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mlflow import MlflowClient
 
-from service import tracking
+from service import mlflow_server, tracking
+from service.files import HISTORY_NAME, read_history
+from service.outbox import Outbox
 from tests.service.test_tracking import free_port, wait_until_up
 
-EPOCH_SECONDS = 0.7  # about, of the small model
+TRIED_EPOCHS = 60
+SMALL = (
+    *("--midas.warmup-epochs", "2", "--scaling.num-workers", "1"),
+    *("--model.encoders.image.kind", "mlp", "--model.encoders.audio.kind", "mlp"),
+)
 
 
 def serve(storage: Path, port: int) -> subprocess.Popen[bytes]:
-    command, extra = tracking.ui_command(tracking.tracking_uri(storage), "127.0.0.1", port)
+    command, extra = mlflow_server.ui_command(tracking.tracking_uri(storage), "127.0.0.1", port)
     server = subprocess.Popen(command, env=os.environ | extra, cwd=storage, start_new_session=True)
     wait_until_up(f"http://127.0.0.1:{port}", server)
     return server
+
+
+def train(storage: Path, name: str, epochs: int, server: str) -> subprocess.Popen[bytes]:
+    words = ["train", "digits", "--name", name, "--storage", str(storage), *SMALL]
+    command = [sys.executable, "-m", "service", *words, "--optim.epochs", str(epochs)]
+    variables = os.environ | {"MLFLOW_TRACKING_URI": server}
+    return subprocess.Popen(command, env=variables, stdout=sys.stderr)
+
+
+def rows(storage: Path, name: str) -> list[dict[str, float]]:
+    return read_history(storage / name / HISTORY_NAME)
+
+
+def enough_epochs(storage: Path, server: str, seconds: float) -> int:
+    """For so long and half as long again, as fast as a short run is."""
+    assert train(storage, "short", TRIED_EPOCHS, server).wait() == 0
+    return round(1.6 * seconds / median(r["time/epoch_seconds"] for r in rows(storage, "short")))
 
 
 def main() -> None:
@@ -45,25 +69,15 @@ def main() -> None:
     args = parser.parse_args()
     storage = Path(tempfile.mkdtemp(prefix="midas-outage-"))
     store, port = tracking.tracking_uri(storage), free_port()
-    server = serve(storage, port)
-    epochs = round((1.5 * args.seconds + 90.0) / EPOCH_SECONDS)
-    words = f"train digits --name run --storage {storage} --optim.epochs {epochs} --json".split()
-    words += ["--midas.warmup-epochs", "2", "--scaling.num-workers", "1"]
-    words += ["--model.encoders.image.kind", "mlp", "--model.encoders.audio.kind", "mlp"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
-    run = subprocess.Popen([sys.executable, "-m", "service", *words], env=environment)
-    history = storage / "run" / "history.jsonl"
-
-    def rows() -> list[dict[str, float]]:
-        lines = history.read_text().splitlines() if history.is_file() else []
-        return [json.loads(line) for line in lines]
+    server, url = serve(storage, port), f"http://127.0.0.1:{port}"
+    run = train(storage, "run", enough_epochs(storage, url, args.seconds + 60.0), url)
 
     def wait_for(condition: Callable[[], bool]) -> None:
         while not condition() and run.poll() is None:
             time.sleep(0.1)
 
     try:
-        wait_for(lambda: len(rows()) >= 40)
+        wait_for(lambda: len(rows(storage, "run")) >= 100)
         left = time.time()
         os.killpg(server.pid, signal.SIGKILL if args.mode == "down" else signal.SIGSTOP)
         wait_for(lambda: time.time() - left >= args.seconds)
@@ -73,31 +87,39 @@ def main() -> None:
             server = serve(storage, port)
         else:
             os.killpg(server.pid, signal.SIGCONT)
+        began_again = time.time()
+        wait_for(lambda: Outbox(storage / "run").num_due() < 5)
+        caught_up = time.time() - began_again
         returncode = run.wait()
-        folder, found = storage / "run", rows()
+        folder, found = storage / "run", rows(storage, "run")
         client, run_id = MlflowClient(store), tracking.run_id(storage / "run")
         keys = sorted({key for row in found for key in row} - {"time"})
         wanted = {key: [(r["epoch"], r[key]) for r in found if key in r] for key in keys}
         there = {
             key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)] for key in keys
         }
-        times = [row["time/epoch_seconds"] for row in found if row["time"] < left][5:]
-        times += [r["time/epoch_seconds"] for r in found if r["time"] > came_back + 30]
-        away = [r["time/epoch_seconds"] for r in found if left + 5 < r["time"] < came_back]
+        windows = {
+            "before": (found[5]["time"], left),
+            "away": (left + 5, came_back),
+            "after": (began_again + caught_up, math.inf),
+        }
+        seconds = {
+            name: [r["time/epoch_seconds"] for r in found if begin < r["time"] < end]
+            for name, (begin, end) in windows.items()
+        }
         result = {
             "mode": args.mode,
             "seconds_away": came_back - left,
+            "seconds_to_catch_up": caught_up,
             "returncode": returncode,
-            "epochs": len(found),
-            "epoch_seconds_up": median(times),
-            "epoch_seconds_up_p90": quantiles(times, n=10)[-1],
-            "epoch_seconds_away": median(away),
-            "epoch_seconds_away_p90": quantiles(away, n=10)[-1],
+            "epochs": {name: len(times) for name, times in seconds.items()},
+            "epoch_seconds": {name: median(times) for name, times in seconds.items()},
+            "epoch_seconds_p90": {n: quantiles(t, n=10)[-1] for n, t in seconds.items()},
             "points_in_history": sum(map(len, wanted.values())),
             "points_in_mlflow": sum(len(there[key]) for key in keys),
             "equal": all(sorted(there[key]) == wanted[key] for key in keys),
             "status": client.get_run(run_id).info.status,
-            "events_left": sum(1 for _ in tracking.Outbox(folder).due()),
+            "events_left": sum(1 for _ in Outbox(folder).due()),
         }
         print(json.dumps(result))
     finally:

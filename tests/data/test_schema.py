@@ -120,7 +120,9 @@ def test_manifest_of_the_old_format(manifest: Manifest, tmp_path: Path) -> None:
 def write_shard(manifest: Manifest, folder: Path, schema: pa.Schema) -> Manifest:
     """Three rows with these columns; the manifest with the right size and hash."""
     path = folder / "train-00000.parquet"
-    pq.write_table(pa.Table.from_pylist([], schema=schema), path)
+    row = {"label": 0, "key": "k", "group": "", "image": bytes(256), "audio": bytes(10)}
+    rows = [row | {"sample_id": i} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=2)
     data = path.read_bytes()
     (shard,) = manifest.splits["train"]
     update = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -134,7 +136,9 @@ def test_verify_accepts_whole_shards(manifest: Manifest, tmp_path: Path) -> None
 
 def test_verify_finds_other_columns(manifest: Manifest, tmp_path: Path) -> None:
     schema = manifest.arrow_schema("train").remove(3)
-    with pytest.raises(DataError, match=r"\(train\) has other columns than the manifest says"):
+    with pytest.raises(
+        DataError, match=r"\(train\) has other columns or rows than the manifest says"
+    ):
         verify_shards(write_shard(manifest, tmp_path, schema), tmp_path)
 
 

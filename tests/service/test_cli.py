@@ -14,6 +14,8 @@ import pytest
 import ray
 
 from service import __main__ as cli
+from service.verbs import runs
+from service.verbs.arguments import with_preset
 
 DRY = ("train", "digits", "--dry-run", "--json")
 SIZES = ("--scaling.num-workers", "--train.lanes", "--train.global-batch-size")
@@ -138,12 +140,12 @@ def test_an_unknown_preset_names_the_nearest():
 
 
 def test_the_preset_is_the_first_word_whatever_settings_follow():
-    first = cli._with_preset(["train", "--json", "digits", "--optim.lr", "1"])
+    first = with_preset(["train", "--json", "digits", "--optim.lr", "1"])
     assert first == ["train", "digits", "--json", "--optim.lr", "1"]
-    assert cli._with_preset(["train", "--data.name", "digits"])[1] == ""
-    tabled = cli._with_preset(["prepare", "--manifest", "t.csv", "--data.label-column", "course"])
+    assert with_preset(["train", "--data.name", "digits"])[1] == ""
+    tabled = with_preset(["prepare", "--manifest", "t.csv", "--data.label-column", "course"])
     assert tabled[:3] == ["prepare", "table", "--manifest"]
-    assert cli._with_preset(["verify", "--steps", "1:2"]) == ["verify", "--steps", "1:2"]
+    assert with_preset(["verify", "--steps", "1:2"]) == ["verify", "--steps", "1:2"]
 
 
 def test_a_setting_of_a_new_entry_has_a_flag(tmp_path: Path):
@@ -176,13 +178,13 @@ def test_a_wrong_flag_exits_with_two(args: list[str], message: str):
 def seen_config(monkeypatch: pytest.MonkeyPatch, *args: str) -> dict[str, Any]:
     """The config that `midas train --dry-run` makes of its flags."""
     seen: list[Any] = []
-    original: Callable[..., Any] = cli._config
+    original: Callable[..., Any] = runs.run_config
 
     def record(*given: Any) -> Any:
         seen.append(original(*given))
         return seen[-1]
 
-    monkeypatch.setattr(cli, "_config", record)
+    monkeypatch.setattr(runs, "run_config", record)
     assert midas(*DRY, *args).code == 0
     return seen[0].model_dump()
 

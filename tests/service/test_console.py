@@ -192,6 +192,7 @@ RESULT: dict[str, float | str] = {
     "split": "grouped, seed 2",
     "speed/samples_per_second": 1234.0,
     "mlflow_uri": "sqlite:////runs/mlflow.db",
+    "mlflow_run_id": "0a1b",
 }
 
 
@@ -224,7 +225,7 @@ def test_summary_of_a_run_on_a_server_in_the_default_storage() -> None:
     outcome = RunOutcome(Path("runs/r").resolve(), RESULT | {"mlflow_uri": "http://h:5000"}, True)
     console.summary(outcome)
     assert compact(out.getvalue())[-2:] == [
-        "MLflow http://h:5000",
+        "MLflow http://h:5000/#/runs/0a1b",
         "next midas evaluate r --split val",
     ]
 

@@ -15,9 +15,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from service import tracking
+from service import sending, tracking
+from service.mlflow_server import ui_command
 from service.outbox import EVENTS_NAME, Outbox
-from service.tracking import RunLogger, finish_run, open_run, sync, tracking_uri, ui_command
+from service.tracking import RunLogger, finish_run, open_run, sync, tracking_uri
 from tests.service.cli import midas, start, until
 from tests.service.test_tracking import DATA, free_port, wait_until_up
 
@@ -67,7 +68,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(storage: Path) -> Iterator[Server]:
-    tracking._retry_at.clear()
+    sending._retry_at.clear()
     server = Server(storage)
     yield server
     server.down()
@@ -75,8 +76,8 @@ def server(storage: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tracking, "SEND_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "MAX_RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(sending, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(sending, "MAX_RETRY_SECONDS", 0.5)
 
 
 def opened(server: Server, folder: Path, name: str) -> str:
@@ -150,7 +151,7 @@ def test_one_sends_at_a_time(tmp_path: Path):
 def test_nothing_is_lost_doubled_or_waited_for_while_the_server_comes_and_goes(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    caplog.set_level(logging.INFO, "service.tracking")
+    caplog.set_level(logging.INFO, "service.sending")
     folder = tmp_path / "run"
     began = time.monotonic()
     assert opened(server, folder, "outages") == ""  # down at start
@@ -217,9 +218,9 @@ def test_a_request_that_is_heard_too_late_makes_no_second_run(server: Server, tm
     MlflowClient(server.url).create_experiment("toy-late")
     with server.stopped():
         assert opened(server, folder, "late") == ""
-        tracking._retry_at.clear()
+        sending._retry_at.clear()
         assert sync(server.url, folder) == (0, 1)
-    tracking._retry_at.clear()
+    sending._retry_at.clear()
     assert sync(server.url, folder)[1] == 0
     tracking.set_tags(server.url, folder, {"more": "1"})
     assert finish_run(server.url, folder, "FINISHED", {}, dict, {})
@@ -247,7 +248,7 @@ def test_a_lost_answer_to_the_creation_of_a_run_makes_no_second_run(
     folder = tmp_path / "run"
     assert opened(server, folder, "lost") == ""
     monkeypatch.setattr(MlflowClient, "create_run", create_run)
-    tracking._retry_at.clear()
+    sending._retry_at.clear()
     assert sync(server.url, folder) == (1, 0)
     (run,) = runs(server, "lost")
     assert run.info.run_id == tracking.run_id(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.tracking import SERVER_ENVIRONMENT
+from service.mlflow_server import SERVER_ENVIRONMENT
 from tests.service.cli import SMALL, last_json, midas, until
 from tests.service.test_tracking import free_port
 

@@ -16,11 +16,12 @@ from service.stepper import Stepper
 from training.augment import RowSpec, augment
 from training.checkpoint import pack
 from training.config import EncoderConfig, ModelConfig
-from training.encoders import ModalitySpec, build_model
+from training.encoders import build_model
 from training.export import Deployed, difference, exported, write
 from training.loop import Position
 from training.methods.joint import JointUni
 from training.methods.unimodal import Unimodal
+from training.modality import ModalitySpec
 
 SHAPES = {"image": (3, 16, 16), "words": (6,), "steps": (4, 5)}
 SPECS = {

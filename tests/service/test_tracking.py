@@ -20,9 +20,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from service import tracking
+from service import mlflow_server, sending, tracking
 from service.config import ConfigError
 from service.figures import curves
+from service.mlflow_server import ui_command
 from service.outbox import Outbox
 from service.tracking import (
     DatasetInfo,
@@ -31,7 +32,6 @@ from service.tracking import (
     git_commit,
     open_run,
     tracking_uri,
-    ui_command,
 )
 from tests.service.cli import until
 
@@ -164,7 +164,7 @@ def test_sending_again_after_a_crash_adds_nothing(run: tuple[str, Path]) -> None
 def test_rows_are_sent_together_and_seconds_apart(
     run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "SEND_SECONDS", 1.0)
+    monkeypatch.setattr(sending, "SEND_SECONDS", 1.0)
     calls: list[float] = []
     log_batch = MlflowClient.log_batch
 
@@ -184,6 +184,19 @@ def test_rows_are_sent_together_and_seconds_apart(
     assert len(calls) <= len(during) + 1
     assert history(*run, "a") == [(step, float(step)) for step in range(300)]
     assert len(history(*run, "b")) == 300
+
+
+def test_what_does_not_fit_into_a_call_follows_sooner(
+    run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "SEND_SECONDS", 60.0)
+    monkeypatch.setattr(sending, "CATCH_UP_SECONDS", 0.2)
+    logger = RunLogger(*run)
+    steps = 2 * sending.ENTITIES_PER_BATCH + 1
+    logger.log_many(({"a": float(step)}, step, 1.7e9 + step) for step in range(steps))
+    until(lambda: not Outbox(run[1]).has_due(), timeout=30)
+    assert logger.close() == 0
+    assert len(history(*run, "a")) == steps
 
 
 def test_finish_run_stores_results(run: tuple[str, Path], tmp_path: Path) -> None:
@@ -231,10 +244,43 @@ def test_artifacts_that_cannot_be_stored_hold_up_nothing_else(
     assert Outbox(folder).num_due() == 1
 
     (tmp_path / "mlartifacts").unlink()
-    tracking._retry_at.clear()
+    sending._retry_at.clear()
     assert tracking.sync(uri, folder) == (1, 0)
     found = MlflowClient(uri).list_artifacts(tracking.run_id(folder))
     assert [artifact.path for artifact in found] == ["x"]
+
+
+def test_artifacts_that_cannot_be_stored_let_the_run_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri, folder = tracking_uri(tmp_path), tmp_path / "run"
+    (tmp_path / "mlartifacts").write_text("in the place of the folder")
+    about = (uri, folder, tmp_path, "toy", "first", {}, {}, DATA)
+    run_id = open_run(*about)
+    assert not finish_run(uri, folder, "KILLED", {}, dict, {"x": "1"}, patience=0.0)
+    sending._retry_at.clear()
+    assert open_run(*about) == run_id
+    assert record(uri, folder).info.status == "RUNNING"
+    sending._retry_at.clear()
+    assert not finish_run(uri, folder, "FINISHED", {}, dict, {"y": "2"}, patience=0.0)
+    assert record(uri, folder).info.status == "FINISHED"
+    assert Outbox(folder).num_due() == 2
+
+    (tmp_path / "mlartifacts").unlink()
+    sending._retry_at.clear()
+    assert tracking.sync(uri, folder) == (2, 0)
+    found = MlflowClient(uri).list_artifacts(run_id)
+    assert [artifact.path for artifact in found] == ["x", "y"]
+
+
+def test_a_run_of_another_store_is_left_as_it_is(
+    run: tuple[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    uri, folder = run
+    Outbox(folder).put({"kind": "tags", "tags": {"late": "1"}})
+    assert tracking.sync("http://127.0.0.1:9", folder) == (0, 1)
+    assert f"began in the MLflow store {uri}" in caplog.text
+    assert tracking.sync(uri, folder) == (1, 0)
 
 
 def test_values_that_are_not_finite_drop_with_one_warning(
@@ -264,12 +310,12 @@ def test_metrics_survive_a_store_that_is_away_for_a_while(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracking, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(sending, "SEND_SECONDS", 0.2)
     uri, folder = run
     mount = tmp_path / "mount"
     mount.symlink_to(tmp_path / "gone" / "deeper")  # a store on a disk that is not there
     logger = RunLogger(f"sqlite:///{mount}/mlflow.db", folder)
-    caplog.set_level(logging.INFO, "service.tracking")
+    caplog.set_level(logging.INFO, "service.sending")
     for step in range(3):
         logger.log({"train/loss": float(step)}, step, seconds=1.7e9)
     until(lambda: "metrics are kept for later" in caplog.text)
@@ -334,9 +380,9 @@ def test_secrets_do_not_reach_mlflow(
 def test_another_process_writes_to_the_same_file(
     run: tuple[str, Path], storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(sending, "SEND_SECONDS", 0.05)
     code = (
-        "import sys, pathlib, service.tracking as t; t.SEND_SECONDS = 0.05\n"
+        "import sys, pathlib, service.tracking as t, service.sending as s; s.SEND_SECONDS = 0.05\n"
         "log = t.RunLogger(sys.argv[1], pathlib.Path(sys.argv[2]))\n"
         "import time; row = {f'm{i}': 0.1 * i for i in range(30)}\n"
         "for step in range(20): log.log(row, step, seconds=1.7e9); time.sleep(0.1)\n"
@@ -445,13 +491,13 @@ def test_pages_are_served_and_the_process_group_ends(run: tuple[str, Path]) -> N
 
 
 def test_beyond_loopback_only_with_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in tracking.AUTH_VARIABLES:
+    for name in mlflow_server.AUTH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for host in ("0.0.0.0", "::", "192.168.0.7", "example.org"):
         with pytest.raises(ConfigError, match="MLFLOW_AUTH_CONFIG_PATH and MLFLOW_FLASK_SERVER"):
             ui_command("sqlite:///x.db", host, 5000)
     for host in ("127.0.0.1", "localhost", "::1", "127.3.2.1"):
         assert "basic-auth" not in ui_command("sqlite:///x.db", host, 5000)[0]
-    for name in tracking.AUTH_VARIABLES:
+    for name in mlflow_server.AUTH_VARIABLES:
         monkeypatch.setenv(name, "set")
     assert ui_command("sqlite:///x.db", "0.0.0.0", 5000)[0][-2:] == ["--app-name", "basic-auth"]

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from training import checkpoint as checkpoints
 from training.batch import Batch, Progress, StepOutput
 from training.checkpoint import CheckpointError, pack
-from training.encoders import EncoderConfig, ModalitySpec, ModelConfig, build_model
+from training.config import EncoderConfig, ModelConfig
+from training.encoders import build_model
 from training.loop import Position
 from training.methods.base import Method, Resampling
+from training.modality import ModalitySpec
 from training.optim import OptimConfig, build_optimizer, build_schedule
 
 MODALITIES = [ModalitySpec("image", "image", (1, 8, 8)), ModalitySpec("text", "vector", (3,))]

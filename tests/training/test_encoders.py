@@ -7,14 +7,10 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
-from training.encoders import (
-    Encoder,
-    EncoderConfig,
-    ModalitySpec,
-    ModelConfig,
-    build_encoder,
-    build_model,
-)
+from training.config import EncoderConfig, ModelConfig
+from training.encoders import build_encoder, build_model
+from training.modality import ModalitySpec
+from training.networks import Encoder
 
 MODALITIES = [
     ModalitySpec("audio", "audio", (40, 20)),

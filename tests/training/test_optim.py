@@ -6,8 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from training.encoders import ModalitySpec, ModelConfig, build_model
+from training.config import ModelConfig
+from training.encoders import build_model
 from training.methods.base import Method
+from training.modality import ModalitySpec
 from training.optim import OptimConfig, build_optimizer, build_schedule
 
 

@@ -7,9 +7,11 @@ from torch import nn
 from tests.training.toys import START, random_batch, tiny_method
 from training import precision
 from training.batch import Progress
-from training.encoders import EncoderConfig, ModalitySpec, ModelConfig, build_model
+from training.config import EncoderConfig, ModelConfig
+from training.encoders import build_model
 from training.methods import MidasConfig, build_method
 from training.methods.base import HOPELESS, NonFiniteError
+from training.modality import ModalitySpec
 from training.optim import OptimConfig, build_optimizer
 from training.precision import LossScale, best_precision
 

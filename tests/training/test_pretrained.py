@@ -9,14 +9,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from training.encoders import (
-    Encoder,
-    EncoderConfig,
-    ModalitySpec,
-    ModelConfig,
-    build_encoder,
-    build_model,
-)
+from training.config import EncoderConfig, ModelConfig
+from training.encoders import build_encoder, build_model
+from training.modality import ModalitySpec
+from training.networks import Encoder
 
 WIDTH = 8
 SIZES: dict[str, Any] = {
