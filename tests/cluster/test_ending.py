@@ -19,7 +19,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def test_a_signal_ends_all():
-    with running("bucket") as topology:
+    with running("postgres", "bucket") as topology:
         family = [psutil.Process(pid) for pid in topology.pids.values()]
         family += [child for process in family for child in process.children(recursive=True)]
         assert set(topology.pids) == {"postgres", "store"}
