@@ -141,7 +141,7 @@ def test_a_sweep_is_a_job_with_its_trials_inside(transcript: list[Step], topolog
         trials = client.search_runs(
             experiments, f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'"
         )
-    assert len(trials) == 4
+    assert len(trials) == 2
     assert [trial.data.tags.get("best") for trial in trials].count("true") == 1
     assert (topology.runs / "sweep" / "best.yaml").is_file()
 
