@@ -134,7 +134,7 @@ class Plan:
         )
         text = re.sub(
             rf"\b({self._hosts}):(\d+)",
-            lambda place: f"{_local(place[1])}:{self.ports[int(place[2])]}",
+            lambda place: f"{_local(place[1])}:{self.ports.get(int(place[2]), place[2])}",
             text,
         )
         text = re.sub(r"--port=(\d+)", lambda port: f"--port={self.ports[int(port[1])]}", text)

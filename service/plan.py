@@ -79,7 +79,7 @@ def manifest_of(config: RunConfig) -> Manifest:
         size = config.data.group_rows(train_rows, row_nbytes)
         groups = [size] * (rows // size) + [rows % size] * (rows % size > 0)
         splits[split] = (
-            Shard(path="", rows=rows, row_groups=tuple(groups), num_bytes=0, sha256=""),
+            Shard(path="planned", rows=rows, row_groups=tuple(groups), num_bytes=0, sha256=""),
         )
     return Manifest(
         name=source.name,
