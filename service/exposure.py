@@ -116,7 +116,7 @@ def _asks(listener: Listener) -> tuple[bool, str]:
             return True, "asks for a login"
         if status == 200:
             return False, "answers whoever connects"
-    return _has_token_mode(listener.pid)
+    return has_token_mode(listener.pid)
 
 
 def _reachable(listener: Listener) -> str:
@@ -124,16 +124,25 @@ def _reachable(listener: Listener) -> str:
     return f"[{host}]:{listener.port}" if ":" in host else f"{host}:{listener.port}"
 
 
-def _has_token_mode(pid: int) -> tuple[bool, str]:
+def has_token_mode(pid: int) -> tuple[bool, str]:
+    """Whether a process of Ray was started in token mode, and that as a sentence.
+
+    A process that gives itself a name, as Ray's agents do, writes over its environment; then that
+    of the process which started it is looked at.
+    """
     import psutil
 
     try:
-        mode = psutil.Process(pid).environ().get("RAY_AUTH_MODE", "")
+        process = psutil.Process(pid)
+        for one in (process, *process.parents()):
+            environment = one.environ()
+            if "PATH" in environment:
+                if environment.get("RAY_AUTH_MODE", "").lower() == "token":
+                    return True, "asks for a token"
+                return False, "asks nobody for a token"
     except psutil.Error:
-        return False, "whether it asks for a token cannot be seen"
-    if mode.lower() == "token":
-        return True, "asks for a token"
-    return False, "asks nobody for a token"
+        pass
+    return False, "whether it asks for a token cannot be seen"
 
 
 def _whom(host: str) -> str:

@@ -267,3 +267,20 @@ def test_sockets_of_ray_are_listed_with_who_reaches_them(tmp_path: Path):
     assert any("gcs_server" in finding.name for finding in found)
     assert {finding.state for finding in found} == {"ok"}  # with the token of tests/conftest.py
     assert all("asks for a token" in finding.found for finding in found)
+
+
+@pytest.mark.parametrize("mode", ["token", ""])
+def test_a_process_without_an_environment_asks_as_the_one_that_started_it(mode: str):
+    child = f"subprocess.Popen([{sys.executable!r}, '-c', 'input()'], env={{}})"
+    script = f"import subprocess; child = {child}; print(child.pid, flush=True); child.wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | {"RAY_AUTH_MODE": mode},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as parent:
+        assert parent.stdout
+        assert exposure.has_token_mode(int(parent.stdout.readline()))[0] == (mode == "token")
+        parent.communicate("\n")
