@@ -237,6 +237,7 @@ def test_an_unknown_job(head: Head):
     assert "knows no job 'nothing'" in done.stderr
 
 
+@pytest.mark.slow
 def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storage: Path):
     kinds = {
         "plan": (0, ["train", "digits", "--dry-run", "--storage", str(storage)]),
