@@ -17,8 +17,8 @@ import pytest
 
 from service.files import read_history
 from service.submission import HEAD_RESOURCE, HEAD_SHARE
-from tests.service.cli import SMALL, finish, start, tracked, until, weights
-from tests.service.head import ROOT, Head, free_port, running_head
+from tests.service.cli import SMALL, finish, tracked, until, weights
+from tests.service.head import BIN, ROOT, Head, free_port, running_head
 from tests.service.test_tracking import wait_until_up
 
 pytestmark = pytest.mark.ray
@@ -49,7 +49,8 @@ def mlflow(storage: Path) -> Iterator[str]:
     """The address of a server over the storage."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    server = start("ui", "--port", str(port), storage=storage)
+    command = [BIN / "midas", "ui", "--port", str(port), "--storage", str(storage)]
+    server = subprocess.Popen(command, cwd=storage, stderr=subprocess.DEVNULL)  # files go to cwd
     try:
         wait_until_up(url, server)
         yield url
@@ -237,6 +238,7 @@ def test_an_unknown_job(head: Head):
     assert "knows no job 'nothing'" in done.stderr
 
 
+@pytest.mark.slow
 def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storage: Path):
     kinds = {
         "plan": (0, ["train", "digits", "--dry-run", "--storage", str(storage)]),
