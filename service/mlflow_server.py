@@ -4,9 +4,11 @@ import importlib.util
 import ipaddress
 import os
 import sys
+from pathlib import Path
 
 from service.config import ConfigError
 from service.sending import SERVERS
+from service.tracking import artifact_location
 
 # Of a server without seven processes for background jobs, which take a core when they start.
 SERVER_ENVIRONMENT = {
@@ -17,10 +19,11 @@ SERVER_ENVIRONMENT = {
 AUTH_VARIABLES = ("MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY")
 
 
-def ui_command(uri: str, host: str, port: int) -> tuple[list[str], dict[str, str]]:
+def ui_command(uri: str, storage: Path, host: str, port: int) -> tuple[list[str], dict[str, str]]:
     """The command that serves the pages of a database store, and the environment to add for it.
 
-    The environment keeps MLflow from starting seven processes for background jobs.
+    The environment keeps MLflow from starting seven processes for background jobs. Runs that take
+    the server for their store have their artifacts where those without a server have them.
 
     Raises:
         ConfigError: the store is a tracking server, which serves its own pages; or the address can
@@ -29,6 +32,7 @@ def ui_command(uri: str, host: str, port: int) -> tuple[list[str], dict[str, str
     if uri.startswith(SERVERS):
         raise ConfigError(f"{uri} is a running MLflow server: open {uri} in a browser")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--artifacts-destination", artifact_location(storage)]
     command += ["--host", host, "--port", str(port), "--workers", "1"]
     if not is_loopback(host):
         _check_login(host)

@@ -110,7 +110,7 @@ def open_run(
             "key": uuid.uuid4().hex,
             "run_id": run_id,
             "experiment": experiment,
-            "artifacts": None if uri.startswith(SERVERS) else _artifact_location(storage),
+            "artifacts": None if uri.startswith(SERVERS) else artifact_location(storage),
             "name": run_name,
             "params": {key: _param_text(value) for key, value in _flatten(params).items()},
             "tags": redacted(_source_tags() | dict(tags)),
@@ -281,7 +281,7 @@ def sync(uri: str, folder: Path) -> tuple[int, int]:
     return before - left, left
 
 
-def _artifact_location(storage: Path) -> str:
+def artifact_location(storage: Path) -> str:
     """Where artifacts go without a server; a server decides that itself."""
     return (storage.resolve() / "mlartifacts").as_uri()
 

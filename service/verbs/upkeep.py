@@ -15,7 +15,7 @@ def ui(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[st
     from service.environment import environment
 
     uri = tracking.tracking_uri(Path(args.storage), environment()["MLFLOW_TRACKING_URI"])
-    command, env = mlflow_server.ui_command(uri, args.host, args.port)
+    command, env = mlflow_server.ui_command(uri, Path(args.storage), args.host, args.port)
     console.status(f"MLflow UI of {uri}: http://{args.host}:{args.port} (Ctrl-C ends it)")
     os.execvpe(command[0], command, {**os.environ, **env})
 

@@ -39,7 +39,9 @@ SMALL = (
 
 
 def serve(storage: Path, port: int) -> subprocess.Popen[bytes]:
-    command, extra = mlflow_server.ui_command(tracking.tracking_uri(storage), "127.0.0.1", port)
+    command, extra = mlflow_server.ui_command(
+        tracking.tracking_uri(storage), storage, "127.0.0.1", port
+    )
     server = subprocess.Popen(command, env=os.environ | extra, cwd=storage, start_new_session=True)
     wait_until_up(f"http://127.0.0.1:{port}", server)
     return server

@@ -37,7 +37,7 @@ class Server:
 
     def up(self) -> None:
         """Start it."""
-        command, extra = ui_command(self.store, "127.0.0.1", self.port)
+        command, extra = ui_command(self.store, self._storage, "127.0.0.1", self.port)
         self._process = subprocess.Popen(
             command, env=os.environ | extra, cwd=self._storage, start_new_session=True
         )

@@ -441,7 +441,7 @@ def test_import_is_cheap() -> None:
 
 def test_a_tracking_server_has_its_own_pages() -> None:
     with pytest.raises(ConfigError, match="open http://mlflow:5000 in a browser"):
-        ui_command("http://mlflow:5000", "127.0.0.1", 5000)
+        ui_command("http://mlflow:5000", Path("runs"), "127.0.0.1", 5000)
 
 
 def test_curves_skip_what_the_history_lacks_and_keep_colours() -> None:
@@ -476,7 +476,7 @@ def test_pages_are_served_and_the_process_group_ends(run: tuple[str, Path]) -> N
     uri, folder = run
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command, extra = ui_command(uri, "127.0.0.1", port)
+    command, extra = ui_command(uri, folder.parent, "127.0.0.1", port)
     process = subprocess.Popen(command, env=os.environ | extra, start_new_session=True)
     try:
         assert wait_until_up(url, process) == 200
@@ -495,9 +495,10 @@ def test_beyond_loopback_only_with_a_login(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     for host in ("0.0.0.0", "::", "192.168.0.7", "example.org"):
         with pytest.raises(ConfigError, match="MLFLOW_AUTH_CONFIG_PATH and MLFLOW_FLASK_SERVER"):
-            ui_command("sqlite:///x.db", host, 5000)
+            ui_command("sqlite:///x.db", Path("runs"), host, 5000)
     for host in ("127.0.0.1", "localhost", "::1", "127.3.2.1"):
-        assert "basic-auth" not in ui_command("sqlite:///x.db", host, 5000)[0]
+        assert "basic-auth" not in ui_command("sqlite:///x.db", Path("runs"), host, 5000)[0]
     for name in mlflow_server.AUTH_VARIABLES:
         monkeypatch.setenv(name, "set")
-    assert ui_command("sqlite:///x.db", "0.0.0.0", 5000)[0][-2:] == ["--app-name", "basic-auth"]
+    command = ui_command("sqlite:///x.db", Path("runs"), "0.0.0.0", 5000)[0]
+    assert command[-2:] == ["--app-name", "basic-auth"]
