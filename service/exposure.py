@@ -1,5 +1,6 @@
 """`midas doctor --security`: what Ray and MLflow have open on this machine, and to whom."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -36,8 +37,13 @@ def exposure(storage: Path) -> list[Finding]:
     Args:
         storage: folder of the runs.
     """
+    import psutil
+
     listeners = sorted(_listeners(), key=lambda one: (is_loopback(one.host), one.program, one.port))
-    findings = [_judged(listener) for listener in listeners]
+    findings = []
+    for listener in listeners:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            findings.append(_judged(listener))
     if not findings:
         findings.append(Finding("sockets", "ok", "nothing of Ray or MLflow listens here"))
     if hasattr(os, "geteuid") and os.geteuid() != 0:
@@ -140,7 +146,7 @@ def has_token_mode(pid: int) -> tuple[bool, str]:
                 if environment.get("RAY_AUTH_MODE", "").lower() == "token":
                     return True, "asks for a token"
                 return False, "asks nobody for a token"
-    except psutil.Error:
+    except psutil.AccessDenied:
         pass
     return False, "whether it asks for a token cannot be seen"
 

@@ -265,7 +265,7 @@ def test_sockets_of_ray_are_listed_with_who_reaches_them(tmp_path: Path):
     findings = exposure.exposure(tmp_path)
     found = [finding for finding in findings if any(pid in finding.found for pid in ours)]
     assert any("gcs_server" in finding.name for finding in found)
-    assert {finding.state for finding in found} == {"ok"}  # with the token of tests/conftest.py
+    assert not [f for f in found if f.state != "ok"]  # with the token of tests/conftest.py
     assert all("asks for a token" in finding.found for finding in found)
 
 
