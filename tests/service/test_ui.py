@@ -140,8 +140,7 @@ def test_the_experiment_lists_the_run_with_its_model(
 ):
     page.set_viewport_size(SIZE)
     page.goto(run_url(trained))  # where the pages learn which version is of this run
-    expect(page.get_by_text("Finished")).to_be_visible()
-    page.wait_for_load_state("networkidle")
+    expect(page.get_by_text(re.compile(r"digits\s*v1")).first).to_be_visible()
     page.goto(run_url(trained).rpartition("/")[0] + CLASSIC)
     row = page.locator(f"[row-id='{trained['mlflow_run_id']}']")
     expect(row.get_by_role("link", name="first", exact=True)).to_be_visible()
