@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import http.client
 import os
 import shutil
 import socket
@@ -353,7 +354,7 @@ def answer(url: str, headers: dict[str, str] | None = None) -> int | None:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):  # the last: it does not speak HTTP
         return None
 
 
@@ -361,7 +362,7 @@ def _date(url: str) -> float | None:
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
             return parsedate_to_datetime(response.headers["Date"]).timestamp()
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, http.client.HTTPException):
         return None
 
 

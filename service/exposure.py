@@ -19,6 +19,9 @@ MLFLOW_PROGRAMS = ("mlflow.server", "mlflow server", "-m mlflow", "bin/mlflow")
 # What answers 200 to whoever asks, unless there is a login.
 PROBES = {"MLflow": "/api/2.0/mlflow/experiments/search?max_results=1", "Ray": "/api/jobs/"}
 ANY_ADDRESS = ("0.0.0.0", "::")
+# These of Ray also serve Prometheus metrics: on a port that asks nobody and answers any path.
+METRICS_SERVERS = ("dashboard", "ray::DashboardAgent", "monitor.py")
+METRICS, NO_PATH = "/metrics", "/no-such-path"
 
 
 class Listener(NamedTuple):
@@ -100,6 +103,11 @@ def _name(program: str, command: list[str]) -> str:
 def _judged(listener: Listener) -> Finding:
     name = f"{listener.program} {listener.name}, port {listener.port}"
     found = f"{listener.host}:{listener.port} (pid {listener.pid}), open to {_whom(listener.host)}"
+    if listener.name in METRICS_SERVERS and _is_metrics(listener):
+        state = "ok" if is_loopback(listener.host) else "warn"
+        remedy = "let only the Prometheus server reach it (firewall, NetworkPolicy)"
+        found = f"{found}; tells metrics to whoever connects, also in token mode"
+        return Finding(name, state, found, "" if state == "ok" else remedy)
     asks, how = _asks(listener)
     if asks:
         clear = "" if is_loopback(listener.host) else "; not encrypted unless RAY_USE_TLS=1 is set"
@@ -123,6 +131,11 @@ def _asks(listener: Listener) -> tuple[bool, str]:
         if status == 200:
             return False, "answers whoever connects"
     return has_token_mode(listener.pid)
+
+
+def _is_metrics(listener: Listener) -> bool:
+    url = f"http://{_reachable(listener)}"
+    return all(answer(f"{url}{path}") == 200 for path in (METRICS, NO_PATH))
 
 
 def _reachable(listener: Listener) -> str:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -174,6 +175,14 @@ def test_runs_that_mlflow_missed_are_named(tmp_path: Path):
     assert found["mlflow outbox"].remedy.startswith("midas sync")
 
 
+def test_a_server_that_does_not_speak_http_does_not_answer():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(
+            target=lambda: server.accept()[0].sendall(b"\0\0\x18\x04"), daemon=True
+        ).start()
+        assert doctor.answer(f"http://127.0.0.1:{server.getsockname()[1]}/") is None
+
+
 def test_storage_that_everyone_can_write(tmp_path: Path):
     tmp_path.chmod(0o777)
     assert states(exposure.exposure(tmp_path))["storage"] == "fix"
@@ -261,12 +270,19 @@ def test_an_mlflow_server_beyond_loopback_asks_for_a_login(
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_cpu_ray")
 def test_sockets_of_ray_are_listed_with_who_reaches_them(tmp_path: Path):
-    ours = [f"(pid {child.pid})" for child in psutil.Process().children(recursive=True)]
-    findings = exposure.exposure(tmp_path)
-    found = [finding for finding in findings if any(pid in finding.found for pid in ours)]
+    def sockets() -> list[Finding]:
+        ours = [f"(pid {child.pid})" for child in psutil.Process().children(recursive=True)]
+        findings = exposure.exposure(tmp_path)
+        return [finding for finding in findings if any(pid in finding.found for pid in ours)]
+
+    until(lambda: any("tells metrics" in finding.found for finding in sockets()))
+    found = sockets()
     assert any("gcs_server" in finding.name for finding in found)
-    assert not [f for f in found if f.state != "ok"]  # with the token of tests/conftest.py
-    assert all("asks for a token" in finding.found for finding in found)
+    metrics = [finding for finding in found if "tells metrics" in finding.found]
+    assert {f.state for f in metrics} == {"warn"}  # Ray asks nobody there, on all addresses
+    asking = [finding for finding in found if finding not in metrics]
+    assert not [f for f in asking if f.state != "ok"]  # with the token of tests/conftest.py
+    assert all("asks for a token" in finding.found for finding in asking)
 
 
 @pytest.mark.parametrize("mode", ["token", ""])
