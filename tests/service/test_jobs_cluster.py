@@ -211,6 +211,12 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(head: Head, stora
     done = head.midas("submit", *TRAIN, *asked, *at(storage, "large"))
     assert done.returncode == 1
     assert "the Ray cluster has 2 CPUs; 5 workers with 1 each need 5" in done.stderr
+    thick = ["--scaling.num-workers", "1", "--scaling.cpus-per-worker", "3"]
+    done = head.midas("submit", *TRAIN, *thick, *at(storage, "thick"))
+    assert (done.returncode, "has 2 CPUs; 1 workers with 3 each" in done.stderr) == (1, True)
+    trials = ["submit", "tune", "digits", "--search.workers-per-trial", "3"]
+    done = head.midas(*trials, *at(storage, "trials"))
+    assert (done.returncode, "3 workers with 1 each need 3" in done.stderr) == (1, True)
     assert head.jobs().keys() == before
 
 
@@ -244,9 +250,11 @@ def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storag
         "plan": (0, ["train", "digits", "--dry-run", "--storage", str(storage)]),
         "evaluate": (1, ["evaluate", "nothing", "--storage", str(storage)]),
         "prepare": (0, ["prepare", "digits", "--storage", str(storage)]),
+        "one": (0, ["train", "digits", *SMALL, *at(storage, "one")]),
+        "two": (0, ["train", "digits", *SMALL, *at(storage, "two")]),
         "train": (130, [*TRAIN, *at(storage, "waiting")]),
     }
-    order = [*["plan", "evaluate", "prepare"] * 6, "plan", "train"]
+    order = ["one", "two", *["plan", "evaluate", "prepare"] * 5, "plan", "plan", "train"]
     everything = json.dumps({HEAD_RESOURCE: HEAD_SHARE})
     head.ray_job("--entrypoint-resources", everything, "--", "sleep", "25")
     said = many(head, *(["submit", *kinds[kind][1]] for kind in order))
@@ -257,10 +265,12 @@ def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storag
     waiting = [job for job in wanted if found[job]["status"] == "PENDING"]
     assert len(waiting) == 20, "they did not queue"
     assert many(head, ["stop", last])[0]["state"] in ("PENDING", "STOPPED")
-    until(lambda: all_ended(head, wanted), 250)
+    until(lambda: all_ended(head, wanted), 300)
     found = many(head, ["jobs"])[0]
     assert {job: found[f"{job}/exit_code"] for job in wanted} == wanted
     assert found[f"{last}/state"] == "STOPPED"
+    for name in ("one", "two"):
+        assert tracked(storage, name)[1].info.status == "FINISHED"
 
 
 @pytest.mark.slow
