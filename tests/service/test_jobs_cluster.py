@@ -1,6 +1,7 @@
 """Jobs on a real cluster with a token: submit, follow, stop, resume, as a user does."""
 
 import json
+import secrets
 import select
 import signal
 import socket
@@ -175,6 +176,25 @@ def test_stop_saves_and_a_plain_ray_job_goes_on_to_the_same_weights(
     for name, value in weights(storage, "whole").items():
         assert (value == weights(storage, "halted")[name]).all(), name
     assert tracked(storage, "halted")[1].info.status == "FINISHED"
+
+
+def test_a_secret_of_the_driver_reaches_the_workers_and_no_file(
+    head: Head, storage: Path, mlflow: str
+):
+    word = f"hidden-{secrets.token_hex(8)}"
+    joined = head.environment(
+        RAY_ADDRESS=head.address,
+        RAY_AUTH_MODE="token",
+        MLFLOW_TRACKING_URI=mlflow.replace("://", f"://me:{word}@"),
+    )
+    command = [BIN / "midas", "train", "digits", *SMALL, *at(storage, "joined")]
+    done = subprocess.run(command, env=joined, cwd=storage, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    client, run = tracked(storage, "joined")
+    assert len(client.get_metric_history(run.info.run_id, "val/accuracy")) == 4  # by a worker
+    files = [path for root in (head.folder, storage) for path in root.rglob("*") if path.is_file()]
+    assert any(path.name == "runtime_env_agent.log" for path in files)
+    assert not [path for path in files if word.encode() in path.read_bytes()]
 
 
 def test_following_ends_with_the_exit_code_of_the_job(head: Head, storage: Path):
