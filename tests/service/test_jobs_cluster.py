@@ -89,7 +89,7 @@ def cut(head: Head) -> Iterator[Head]:
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Cutter) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Head(f"http://127.0.0.1:{server.server_address[1]}", head.folder)
+        yield Head(f"http://127.0.0.1:{server.server_address[1]}", head.address, head.folder)
         server.shutdown()
 
 
