@@ -4,7 +4,7 @@ JSON line.
     python tests/bench/awake.py [--seconds 150]
 
 The bound of every number of `train_speed.py` about two workers. A round is 20 ms of a convolution
-of ResNet-18. In turn, in slices of 50 rounds, each slice with sleeping cores and with awake ones:
+of ResNet-18. In turn, in slices of 15 rounds, each slice with sleeping cores and with awake ones:
 
 - `alone`: one process;
 - `apart`: two, which do not talk;
@@ -40,7 +40,7 @@ from service.awake import keep_awake  # noqa: E402
 from training.distributed import process_group  # noqa: E402
 
 ROWS, CHANNELS, SIDE = 16, 128, 28  # second stage of ResNet-18 at 224 pixels, a batch of 16
-ROUND_SECONDS, ROUNDS = 0.02, 50
+ROUND_SECONDS, ROUNDS = 0.02, 15
 MODES = ("alone", "apart", "together")
 PRECISIONS = (torch.bfloat16, torch.float32)
 
