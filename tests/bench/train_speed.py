@@ -41,7 +41,7 @@ def configuration(root: Path, storage: Path, args: argparse.Namespace) -> RunCon
         "precision": args.precision,
         "compile": args.compile,
     }
-    preset["scaling"] |= {"num_workers": args.workers, "awake": args.awake}
+    preset["scaling"] |= {"num_workers": args.workers}
     return launch.resolve(RunConfig.model_validate(preset | {"storage": str(storage)}))
 
 
@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="train.precision")
     parser.add_argument("--batchnorm", default="sync", help="model.batchnorm")
     parser.add_argument("--compile", action="store_true", help="train.compile")
-    parser.add_argument("--awake", action="store_true", help="scaling.awake")
     parser.add_argument("--released", type=Path, help="a checkout of the authors' repository")
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
@@ -72,7 +71,7 @@ def main() -> None:
         config = configuration(root, storage, args)
         prepared = launch.ensure_prepared(config, lambda done, total: None, debug=False)
         measured = bench(config, prepared.folder, seconds=args.seconds, debug=False, others=others)
-    names = ("clips", "workers", "rows", "batchnorm", "compile", "awake")
+    names = ("clips", "workers", "rows", "batchnorm", "compile")
     given = {name: getattr(args, name) for name in names}
     print(json.dumps({"bench": "train_speed", "machine": about, "config": given, **measured}))
 

@@ -1,25 +1,20 @@
-"""What two processes on two cores reach, with cores that sleep and with `scaling.awake`; prints one
-JSON line.
+"""What two processes on two cores reach, on their own and in step; prints one JSON line.
 
-    python tests/bench/awake.py [--seconds 150]
+    python tests/bench/cores.py [--seconds 60]
 
 The bound of every number of `train_speed.py` about two workers. A round is 20 ms of a convolution
-of ResNet-18. In turn, in slices of 15 rounds, each slice with sleeping cores and with awake ones:
+of ResNet-18. In turn, in slices of 15 rounds:
 
-- `alone`: one process;
-- `apart`: two, which do not talk;
-- `together`: two, which add up 129 numbers over gloo after every round, as workers do in every
-  layer with BatchNorm.
+- `alone`: one process, rounds a second;
+- `apart`: two, which do not talk, over `alone` (2 if nothing is shared);
+- `in_step`: two, which add up 129 numbers over gloo after every round, as workers do in every layer
+  with BatchNorm, over `alone`.
 
-Of each precision and kind of cores: rounds a second of `alone`, and those of both processes in
-`apart` and `together` over it (2 if nothing is shared or waited for); `gain` is `together` with
-awake cores over `together` with sleeping ones. Medians over the slices.
+In bf16 and in fp32; medians over the slices.
 """
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -36,12 +31,11 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from method_step import machine  # noqa: E402
 
-from service.awake import keep_awake  # noqa: E402
 from training.distributed import process_group  # noqa: E402
 
 ROWS, CHANNELS, SIDE = 16, 128, 28  # second stage of ResNet-18 at 224 pixels, a batch of 16
 ROUND_SECONDS, ROUNDS = 0.02, 15
-MODES = ("alone", "apart", "together")
+MODES = ("alone", "apart", "in_step")
 PRECISIONS = (torch.bfloat16, torch.float32)
 
 
@@ -75,7 +69,7 @@ def rate(mode: str, rank: int, kernel: Callable[[], object], calls: int) -> floa
     for _ in range(ROUNDS):
         for _ in range(calls):
             kernel()
-        if mode == "together":
+        if mode == "in_step":
             dist.all_reduce(numbers)
     return ROUNDS / (time.perf_counter() - began)
 
@@ -87,62 +81,36 @@ def of_both(own: float) -> float:
     return float(total)
 
 
-def measure(rank: int, precision: torch.dtype, seconds: float, spinning: list[int]) -> dict:
-    """Rounds a second of each mode and kind of cores, slice by slice."""
+def measure(rank: int, precision: torch.dtype, seconds: float) -> dict[str, float]:
+    """The numbers of this script in one precision."""
     kernel = convolution(precision)
     calls, ends = calls_a_round(kernel), time.monotonic() + seconds
-    found: dict[str, dict[str, list[float]]] = {
-        kind: {mode: [] for mode in MODES} for kind in ("asleep", "awake")
-    }
+    found: dict[str, list[float]] = {mode: [] for mode in MODES}
     while of_both(float(time.monotonic() < ends)) > 0:
         for mode in MODES:
-            for kind, name in (("asleep", signal.SIGSTOP), ("awake", signal.SIGCONT)):
-                for pid in spinning:
-                    os.kill(pid, name)
-                dist.barrier()
-                found[kind][mode].append(of_both(rate(mode, rank, kernel, calls)))
-    return found
-
-
-def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """The numbers of this script."""
-    report = {}
-    for kind, rates in found.items():
-        alone = median(rates["alone"])
-        report[f"alone_{kind}"] = alone
-        for mode in MODES[1:]:
-            report[f"{mode}_{kind}"] = median(rates[mode]) / alone
-    pairs = zip(found["awake"]["together"], found["asleep"]["together"], strict=True)
-    report["gain"] = median(awake / asleep for awake, asleep in pairs)
-    report["slices"] = len(found["awake"]["together"])
-    return {name: round(value, 2) for name, value in report.items()}
+            dist.barrier()
+            found[mode].append(of_both(rate(mode, rank, kernel, calls)))
+    alone = median(found["alone"])
+    over = {mode: round(median(found[mode]) / alone, 2) for mode in MODES[1:]}
+    return {"alone": round(alone, 2), **over, "slices": len(found["alone"])}
 
 
 def contend(rank: int, folder: str, seconds: float) -> None:
     """One of the two processes; rank 0 prints."""
-    from service import awake
-
     torch.set_num_threads(1)
-    report: dict[str, object] = {"bench": "awake", "machine": machine(threads=1)}
+    report: dict[str, object] = {"bench": "cores", "machine": machine(threads=1)}
     device = torch.device("cpu")
     with process_group(rank, 2, f"file://{folder}/group", device), torch.inference_mode():
-        if rank == 0:
-            keep_awake(2)
-        spinning = [process.pid for process in awake._spinning]
-        try:
-            for precision in PRECISIONS:
-                found = measure(rank, precision, seconds / len(PRECISIONS), spinning)
-                report[str(precision).removeprefix("torch.")] = summary(found)
-        finally:
-            for pid in spinning:
-                os.kill(pid, signal.SIGCONT)  # else they would not notice the end
+        for precision in PRECISIONS:
+            name = str(precision).removeprefix("torch.")
+            report[name] = measure(rank, precision, seconds / len(PRECISIONS))
     if rank == 0:
         print(json.dumps(report))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rank", type=int, help="used inside")
     parser.add_argument("--folder", help="used inside")
     args = parser.parse_args()
