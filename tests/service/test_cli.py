@@ -325,17 +325,19 @@ def test_evaluate_lists_the_finished_runs(tmp_path: Path):
 
 def test_ui_becomes_the_server_of_the_local_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    started: list[list[str]] = []
+    started: list[tuple[list[str], dict[str, str]]] = []
 
     def become(file: str, args: list[str], env: dict[str, str]) -> NoReturn:
-        started.append(args)
+        started.append((args, env))
         sys.exit(0)  # like the other program, it does not come back
 
     monkeypatch.setattr(cli.os, "execvpe", become)
     done = midas("ui", "--storage", tmp_path, "--port", "5432")
     assert (done.code, done.out) == (0, "")
     assert f"MLflow UI of sqlite:///{tmp_path}/mlflow.db: http://127.0.0.1:5432" in done.err
-    assert {"mlflow", "server", f"sqlite:///{tmp_path}/mlflow.db", "5432"} <= set(started[0])
+    [(words, env)] = started
+    assert {"mlflow", "server", "5432"} <= set(words)
+    assert env["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     done = midas("ui")
