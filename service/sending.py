@@ -205,16 +205,17 @@ def deliver(uri: str, outbox: Outbox, seconds: float) -> None:
     client = None
     try:
         while outbox.has_due():
-            if time.monotonic() > began + seconds:
-                raise TimeoutError(f"it takes more than {seconds:g} s")
             with outbox.held() as held:
                 if held:
                     client = client or connect(uri)
                     _send_next(client, outbox)
-                    continue
-            if time.monotonic() > began + HELD_SECONDS:
+            waited = time.monotonic() - began
+            if not held and waited > HELD_SECONDS:
                 raise TimeoutError("another process is sending it")
-            time.sleep(0.1)
+            if not held:
+                time.sleep(0.1)
+            elif waited > seconds and outbox.has_due():
+                raise TimeoutError(f"it takes more than {seconds:g} s")
         outbox.check_written()
     except (TimeoutError, WriteError):
         raise  # it says nothing of the store
