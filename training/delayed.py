@@ -1,7 +1,14 @@
-"""Numbers that the training thread needs from the device, without waiting for it."""
+"""Numbers on their way between the training thread and the device, without waiting for it."""
 
 import torch
 from torch import Tensor
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the host, on `device`; memory that is not pinned would wait for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Delayed:
