@@ -394,12 +394,23 @@ def num_cores() -> int:
 
 
 def object_store_bytes() -> int:
-    """A quarter of the memory that is free in /dev/shm, at most 4 GiB, at least 256 MiB."""
+    """Of a local run; see `store_share`."""
+    from ray._common.utils import get_system_memory
+
     shm = Path("/dev/shm")
     if not shm.is_dir():
         return 1 << 30
     stats = os.statvfs(shm)
-    return max(256 << 20, min(4 << 30, stats.f_bavail * stats.f_frsize // 4))
+    return store_share(stats.f_bavail * stats.f_frsize, get_system_memory())
+
+
+def store_share(shm: int, memory: int) -> int:
+    """Bytes for the object store, on which depends how many readers there may be (feed.choose).
+
+    An eighth of the memory, but not more than three quarters of what is free in /dev/shm: beyond it
+    Ray takes slow files. At least a quarter of that up to 4 GiB, and 256 MiB.
+    """
+    return max(256 << 20, min(4 << 30, shm // 4), min(memory // 8, 3 * shm // 4))
 
 
 def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object:
