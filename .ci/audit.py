@@ -27,7 +27,8 @@ def advisories(url: str) -> list[dict[str, Any]] | None:
     try:
         return json.loads(done.stdout)["dependencies"]
     except ValueError:
-        print(f"warning: no audit, {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        said = done.stderr.strip() or "no word"
+        print(f"warning: no audit, {said.splitlines()[-1]}", file=sys.stderr)
         return None
 
 

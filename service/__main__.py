@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         from data.schema import DataError
-        from service.cluster import HeadLostError, RunError
-        from service.config import ConfigError
+        from service.cluster import HeadLostError
+        from service.config import ConfigError, RunError
 
         if args.debug:
             console.trace(error)

@@ -21,7 +21,8 @@ from typing import Any
 from data.folder import Folder
 from data.schema import load_manifest
 from service import launch
-from service.cluster import check_local_capacity, ray_session, run_workers
+from service.capacity import check_local_capacity
+from service.cluster import ray_session, run_workers
 from service.config import RunConfig
 from service.environment import MEMORY_ENVIRONMENT, environment
 from service.files import write_text

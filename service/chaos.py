@@ -20,8 +20,9 @@ import numpy as np
 from safetensors.numpy import load as parse_tensors
 
 from service import launch
-from service.cluster import Nodes, RunError, local_nodes, num_cores
-from service.config import ConfigError, RunConfig
+from service.capacity import num_cores
+from service.cluster import Nodes, local_nodes
+from service.config import ConfigError, RunConfig, RunError
 from service.environment import environment
 from service.faults import DRAIN, DRAIN_SECONDS, RESIZE, Fault, parse_faults, read_trace, struck
 from service.files import RESULT_NAME, read_json

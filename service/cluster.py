@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from service.config import RunConfig, ScalingConfig
+from service.capacity import (
+    check_cluster_capacity,
+    check_local_capacity,
+    missing,
+    num_cores,
+    store_share,
+    uses_gpu,
+)
+from service.config import RunConfig, RunError, ScalingConfig
 from service.environment import configure_ray, environment, worker_environment
 from service.files import (
     ATTEMPT_NAME,
@@ -37,10 +45,6 @@ STOP_SECONDS = 20.0
 # A signal to a process and to the one that started it, which passes it on, is one signal.
 SAME_SIGNAL_SECONDS = 1.0
 CONNECTION_WORDS = ("connection", "peer", "socket", "timed out", "timeout", "barrier")
-
-
-class RunError(RuntimeError):
-    """A run failed; the message says why and what continues it."""
 
 
 class HeadLostError(RunError):
@@ -89,9 +93,8 @@ class Session:
             _wait_for(self._started)
         if self._error:
             raise self._error
-        import ray
 
-        check_cluster_capacity(self._scaling, ray.cluster_resources())
+        check_cluster_capacity(self._scaling, node_resources())
 
     def end(self) -> None:
         """Begin to end Ray, beside what the caller does next."""
@@ -219,11 +222,12 @@ def run_workers(
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     use_gpu = uses_gpu(scaling, ray.cluster_resources())
     remote = environment()["RAY_ADDRESS"] is not None
+    variables, hidden = worker_environment() if remote else (None, {})
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     trainer = (ClusterTrainer if remote else LocalTrainer)(
         getattr(worker, loop),
         train_loop_config=payload,
-        backend_config=TorchGroup(COLLECTIVE_SECONDS),
+        backend_config=TorchGroup(COLLECTIVE_SECONDS, hidden),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=use_gpu,
@@ -236,7 +240,7 @@ def run_workers(
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),
-            worker_runtime_env={"env_vars": worker_environment()} if remote else None,
+            worker_runtime_env={"env_vars": variables} if remote else None,
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -317,55 +321,6 @@ def local_nodes(count: int, cpus: int) -> Iterator[Nodes]:
         nodes.close()
 
 
-def check_local_capacity(scaling: ScalingConfig) -> None:
-    """Without a cluster address, the workers must fit this machine.
-
-    Raises:
-        RunError: they do not.
-    """
-    if environment()["RAY_ADDRESS"]:
-        return
-    cores, wanted = num_cores(), scaling.min_workers * scaling.cpus_per_worker
-    if wanted > cores:
-        raise RunError(
-            f"scaling.num_workers={scaling.num_workers} with scaling.cpus_per_worker="
-            f"{scaling.cpus_per_worker} need {wanted} cores; this machine has {cores}; use fewer "
-            "workers, or point RAY_ADDRESS at a cluster"
-        )
-
-
-def check_cluster_capacity(scaling: ScalingConfig, have: Mapping[str, float]) -> None:
-    """The workers must fit a cluster that has these resources.
-
-    Raises:
-        RunError: they do not.
-    """
-    if missing := _missing(scaling, have):
-        raise RunError(f"{missing}; use fewer workers, add nodes, or take scaling.device=cpu")
-
-
-def _missing(scaling: ScalingConfig, have: Mapping[str, float]) -> str | None:
-    """What a cluster lacks for the fewest workers of a run; None if it has enough."""
-    workers, cpus = scaling.min_workers, scaling.min_workers * scaling.cpus_per_worker
-    if have.get("CPU", 0) < cpus:
-        return (
-            f"the Ray cluster has {have.get('CPU', 0):g} CPUs; {workers} workers with "
-            f"{scaling.cpus_per_worker} each need {cpus}"
-        )
-    if scaling.device == "gpu" and have.get("GPU", 0) < workers:
-        return (
-            f"scaling.device=gpu needs one GPU a worker, {workers}; the Ray cluster has "
-            f"{have.get('GPU', 0):g}"
-        )
-    return None
-
-
-def uses_gpu(scaling: ScalingConfig, have: Mapping[str, float]) -> bool:
-    """Whether each worker gets a GPU of a cluster that has these resources."""
-    enough = have.get("GPU", 0) >= scaling.min_workers
-    return scaling.device == "gpu" or (scaling.device == "auto" and enough)
-
-
 def uses_gpu_now(scaling: ScalingConfig) -> bool:
     """Whether each worker gets a GPU of the cluster of the open session."""
     import ray
@@ -387,14 +342,8 @@ def node_resources() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def num_cores() -> int:
-    """Cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def object_store_bytes() -> int:
-    """Of a local run; see `store_share`."""
+    """Size of the object store of a local run; see `store_share`."""
     from ray._common.utils import get_system_memory
 
     shm = Path("/dev/shm")
@@ -402,15 +351,6 @@ def object_store_bytes() -> int:
         return 1 << 30
     stats = os.statvfs(shm)
     return store_share(stats.f_bavail * stats.f_frsize, get_system_memory())
-
-
-def store_share(shm: int, memory: int) -> int:
-    """Bytes for the object store, on which depends how many readers there may be (feed.choose).
-
-    An eighth of the memory, but not more than three quarters of what is free in /dev/shm: beyond it
-    Ray takes slow files. At least a quarter of that up to 4 GiB, and 256 MiB.
-    """
-    return max(256 << 20, min(4 << 30, shm // 4), min(memory // 8, 3 * shm // 4))
 
 
 def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object:
@@ -473,11 +413,11 @@ def watch(ended: threading.Event, scaling: ScalingConfig, until: float | None = 
                 )
             continue
         answered = checked
-        missing = _missing(scaling, ray.cluster_resources())
-        missing_since = (missing_since or checked) if missing else None
+        lacking = missing(scaling, node_resources())
+        missing_since = (missing_since or checked) if lacking else None
         if missing_since and checked - missing_since > scaling.start_timeout_seconds:
             raise RunError(
-                f"{missing}, for {scaling.start_timeout_seconds:g} s now: a node was lost and not "
+                f"{lacking}, for {scaling.start_timeout_seconds:g} s now: a node was lost and not "
                 "replaced; add nodes, or set scaling.num_workers to two numbers to go on with "
                 "fewer workers; then the same command continues at the last checkpoint"
             )

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from data.schema import load_manifest
 from service import launch
-from service.cluster import check_local_capacity, ray_session
+from service.capacity import check_local_capacity
+from service.cluster import ray_session
 from service.config import ConfigError, RunConfig, check, explain
 from service.files import RESULT_NAME, read_json
 from service.inspection import find_run

@@ -31,6 +31,10 @@ class ConfigError(ValueError):
     """A setting is wrong; the message names value, rule and remedy."""
 
 
+class RunError(RuntimeError):
+    """A run failed; the message says why and what continues it."""
+
+
 class TrainConfig(BaseModel):
     """Batches, seeds and intervals."""
 
@@ -120,6 +124,9 @@ class ScalingConfig(BaseModel):
     """auto takes one GPU a worker where the cluster has enough of them."""
     cpus_per_worker: int = Field(default=1, ge=1)
     """CPU cores, and threads, of one worker."""
+    awake: bool = False
+    """Keep the cores of CPU workers from going to sleep, by processes of idle priority: several
+    workers on a virtual machine are faster with it; it costs electricity."""
     max_failures: int = Field(default=2, ge=0)
     """Worker crashes after which the run is given up; each continues at the last checkpoint."""
     start_timeout_seconds: float = Field(default=60.0, gt=0)

@@ -215,7 +215,7 @@ def token_files() -> Iterator[Finding]:
         if not path.is_file():
             continue
         mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
+        if mode & 0o077 and path.parent.stat().st_mode & 0o011:  # others may enter its folder
             remedy = f"others on this machine can read it: chmod 600 {path}"
             yield Finding(f"file {path.name}", "fix", f"{path} has mode {mode:04o}", remedy)
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.schema import Manifest, Split
+from service.awake import keep_awake
 from service.config import RunConfig
 from service.faults import Faults
 from service.feed import Feed
@@ -75,6 +76,8 @@ class State(Stepper):
             os.environ.setdefault(*CUBLAS_WORKSPACE)
             torch.use_deterministic_algorithms(True)
         torch.set_num_threads(config.scaling.cpus_per_worker)
+        if config.scaling.awake and device.type == "cpu":
+            keep_awake(config.scaling.cpus_per_worker)
         self.rows = WorkerRows(config, self.manifest, payload["data_folder"], device)
         super().__init__(config, self.manifest, device)
         self.store = CheckpointStore.at(payload["checkpoints"])

@@ -5,6 +5,8 @@ import secrets
 from importlib.metadata import version
 from pathlib import Path
 
+from service.redaction import has_credentials, is_secret_name
+
 RAY_ENVIRONMENT = {
     # One report costs up to one poll interval; the default of 2 s would dominate short epochs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -59,10 +61,10 @@ def configure_ray() -> None:
     kind = MEMORY_ENVIRONMENT | JOIN_ENVIRONMENT if joins else LOCAL_ENVIRONMENT
     defaults = RAY_ENVIRONMENT | kind
     os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
-    if not {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(
-        os.environ
-    ):
-        os.environ["RAY_AUTH_MODE"] = "token"
+    has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if not joins or has_token:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not joins and not has_token and os.environ["RAY_AUTH_MODE"].lower() == "token":
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
@@ -102,8 +104,16 @@ def environment() -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
 
 
-def worker_environment() -> dict[str, str]:
-    """Variables that workers on other machines need: Ray's settings and MLflow's access."""
+def worker_environment() -> tuple[dict[str, str], dict[str, str]]:
+    """Variables that workers on other machines need: Ray's settings and MLflow's access.
+
+    Returns:
+        Those that everyone may see, and those that hold a secret. Ray lists and logs the
+        environments that it is told to make, and keeps no arguments of functions: secrets go to
+        workers as arguments.
+    """
     mlflow = (name for name in os.environ if name.startswith("MLFLOW_"))
     names = [*RAY_ENVIRONMENT, *MEMORY_ENVIRONMENT, *mlflow]
-    return {name: os.environ[name] for name in names if name in os.environ}
+    needed = {name: os.environ[name] for name in names if name in os.environ}
+    hidden = {k: v for k, v in needed.items() if is_secret_name(k) or has_credentials(v)}
+    return {k: v for k, v in needed.items() if k not in hidden}, hidden

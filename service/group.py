@@ -7,7 +7,7 @@ nothing has to clean up after a lost controller.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -28,9 +28,11 @@ class TorchGroup(BackendConfig):
 
     Attributes:
         timeout_seconds: of a collective.
+        secrets: environment variables for the workers, which Ray is not to list.
     """
 
     timeout_seconds: float
+    secrets: dict[str, str] = field(repr=False)
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -54,6 +56,7 @@ class _TorchBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_set_variables, backend_config.secrets)
         size = len(worker_group)
         address, port = worker_group.execute_single(0, get_address_and_port)
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
@@ -64,6 +67,10 @@ class _TorchBackend(Backend):
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_watch_termination)
+
+
+def _set_variables(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
 
 
 def _join(

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from service.cluster import RunError
-from service.config import ConfigError
+from service.config import ConfigError, RunError
 from service.environment import worker_environment
 from service.mlflow_server import is_loopback
 from service.submission import (
@@ -181,18 +180,17 @@ class Jobs:
             log.info("%s does not tell its Python version: it was not compared", self.url)
         self._client = _client(self.url)
 
-    def resources(self) -> dict[str, float]:
-        """What all nodes of the cluster have together, by name."""
+    def nodes(self) -> list[Mapping[str, float]]:
+        """What each node of the cluster has, by name: CPU, GPU and others."""
         with _answered(self.url):
             answer = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
             answer.raise_for_status()
-        found: dict[str, float] = {}
-        for node in answer.json()["data"]["result"]["result"]:
-            if node["state"] == "ALIVE":
-                for name, amount in node["resources_total"].items():
-                    if isinstance(amount, int | float):  # memory comes as text
-                        found[name] = found.get(name, 0.0) + amount
-        return found
+        numbers = int | float  # memory comes as text
+        return [
+            {k: v for k, v in node["resources_total"].items() if isinstance(v, numbers)}
+            for node in answer.json()["data"]["result"]["result"]
+            if node["state"] == "ALIVE"
+        ]
 
     def submit(
         self,
@@ -219,7 +217,7 @@ class Jobs:
         """
         check_package(folder, package_sizes(folder))
         self._warn_of_loopback(os.environ.get("MLFLOW_TRACKING_URI", ""))
-        variables, hidden = job_environment(worker_environment(), uv=uv, with_secrets=with_secrets)
+        variables, hidden = job_environment(*worker_environment(), uv=uv, with_secrets=with_secrets)
         if hidden:
             log.warning(
                 "not sent: %s; a job's environment can be read by everyone with the cluster's "

@@ -24,17 +24,16 @@ from data.prepare import CARD_NAMES, Part, PrepareReport, Work, default_folder, 
 from data.schema import MANIFEST_NAME, Manifest, load_manifest
 from data.shards import ShardOutcome
 from service import sending, tracking
+from service.capacity import check_local_capacity
 from service.cluster import (
-    RunError,
     Session,
-    check_local_capacity,
     lazy_session,
     load_workers,
     ray_session,
     run_workers,
     signals_ignored,
 )
-from service.config import ConfigError, RunConfig, config_yaml, difference
+from service.config import ConfigError, RunConfig, RunError, config_yaml, difference
 from service.environment import environment
 from service.figures import curves
 from service.files import (

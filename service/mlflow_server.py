@@ -15,6 +15,7 @@ SERVER_ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
 # What MLflow's own login needs.
 AUTH_VARIABLES = ("MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY")
 
@@ -22,8 +23,9 @@ AUTH_VARIABLES = ("MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY")
 def ui_command(uri: str, storage: Path, host: str, port: int) -> tuple[list[str], dict[str, str]]:
     """The command that serves the pages of a database store, and the environment to add for it.
 
-    The environment keeps MLflow from starting seven processes for background jobs. Runs that take
-    the server for their store have their artifacts where those without a server have them.
+    The environment names the store, whose address may hold a password that `ps` would show, and
+    keeps MLflow from starting seven processes for background jobs. Runs that take the server for
+    their store have their artifacts where those without a server have them.
 
     Raises:
         ConfigError: the store is a tracking server, which serves its own pages; or the address can
@@ -31,13 +33,13 @@ def ui_command(uri: str, storage: Path, host: str, port: int) -> tuple[list[str]
     """
     if uri.startswith(SERVERS):
         raise ConfigError(f"{uri} is a running MLflow server: open {uri} in a browser")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--artifacts-destination", artifact_location(storage)]
     command += ["--host", host, "--port", str(port), "--workers", "1"]
     if not is_loopback(host):
         _check_login(host)
         command += ["--app-name", "basic-auth"]
-    return command, SERVER_ENVIRONMENT
+    return command, SERVER_ENVIRONMENT | {STORE_VARIABLE: uri}
 
 
 def is_loopback(host: str) -> bool:

@@ -1,5 +1,6 @@
 """Trained models: of a finished run, or from the registry; registering and promoting them."""
 
+import contextlib
 import getpass
 import json
 import math
@@ -189,7 +190,15 @@ def promote(name: str, number: str, storage: str, rules: gate.Rules) -> dict[str
     tags = {f"decision/{record['promote/at']}".replace("+00:00", "Z"): text, "verdict": verdict}
     registry.set_tags(uri, new, tags)
     if decision.promoted:
-        registry.make_champion(uri, new, before)
+        try:
+            registry.make_champion(uri, new, before)
+        except ConfigError as error:
+            at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            failed = json.dumps({"promote/promoted": False, "promote/reason": str(error)})
+            failure = {f"decision/{at}": failed[:MAX_TAG_CHARACTERS], "verdict": "refused"}
+            with contextlib.suppress(ConfigError):  # the server may be away
+                registry.set_tags(uri, new, failure)
+            raise
     return {"name": name, "version": number, **record}
 
 

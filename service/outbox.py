@@ -30,6 +30,10 @@ class Due(NamedTuple):
     end: int
 
 
+class WriteError(Exception):
+    """The folder of a run cannot be written; the message says why."""
+
+
 class Outbox:
     """The events of one run.
 
@@ -40,7 +44,7 @@ class Outbox:
     def __init__(self, folder: Path):
         self.folder = folder
         self._unwritten: list[str] = []
-        self._warned = False
+        self._problem: OSError | None = None
 
     @property
     def run_id(self) -> str:
@@ -64,11 +68,26 @@ class Outbox:
                     text = "\n" + text  # a power cut took the rest of the line before
                 file.write(text.encode())
         except OSError as error:
-            if not self._warned:
+            if not self._problem:
                 log.warning("%s in %s is written later: %s", EVENTS_NAME, self.folder, error)
-            self._warned = True
+            self._problem = error
         else:
-            self._unwritten, self._warned = [], False
+            self._unwritten, self._problem = [], None
+
+    def check_written(self) -> None:
+        """Write what could not be written when it was added.
+
+        Raises:
+            WriteError: it still cannot.
+        """
+        self.put()
+        if self._problem:
+            raise WriteError(f"{self.folder / EVENTS_NAME} cannot be written: {self._problem}")
+
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether there are events that are only here, in memory."""
+        return bool(self._unwritten)
 
     def due(self) -> Iterator[Due]:
         """Events that MLflow does not have, oldest first."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from service.outbox import EVENTS_NAME, Due, Outbox
+from service.outbox import EVENTS_NAME, Due, Outbox, WriteError
 from service.redaction import redact
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ CATCH_UP_SECONDS = 2.0
 MAX_RETRY_SECONDS = 30.0
 CLOSE_SECONDS = 15.0
 HELD_SECONDS = 10.0
+# What a command gives a store that answers, but has much to take: at its start, and at its end.
+OPEN_SECONDS = 20.0
+END_SECONDS = 60.0
 WAIT_PER_FAILED_SECOND = 10.0
 # MLflow's error codes of a server that does not answer or is in trouble, and of one that will never
 # take this.
@@ -162,14 +165,16 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def attempt(uri: str, outbox: Outbox, patience: float) -> bool:
-    """Sends all that is due; False (and a warning) if it did not work for `patience` seconds."""
+def attempt(uri: str, outbox: Outbox, patience: float, seconds: float = END_SECONDS) -> bool:
+    """Sends all that is due; False (and a warning) if it did not work for `patience` seconds, or
+    took more than `seconds`.
+    """
     if patience == 0.0 and not may_try(uri):
         return False
     end = time.monotonic() + patience
     while True:
         try:
-            deliver(uri, outbox)
+            deliver(uri, outbox, seconds)
             return True
         except Exception as error:  # a finished run must not fail because of its record
             if time.monotonic() < end:
@@ -188,17 +193,20 @@ def may_try(uri: str) -> bool:
     return time.monotonic() >= _retry_at.get(uri, 0.0)
 
 
-def deliver(uri: str, outbox: Outbox) -> None:
+def deliver(uri: str, outbox: Outbox, seconds: float) -> None:
     """Sends all that is due, in order.
 
     Raises:
-        TimeoutError: another process does so, and takes long.
+        TimeoutError: it is not done after `seconds`, or another process does it, and takes long.
+        WriteError: there is more, which could not be written.
         Exception: whatever MLflow, its HTTP client or its database raises.
     """
     began = time.monotonic()
     client = None
     try:
         while outbox.has_due():
+            if time.monotonic() > began + seconds:
+                raise TimeoutError(f"it takes more than {seconds:g} s")
             with outbox.held() as held:
                 if held:
                     client = client or connect(uri)
@@ -207,15 +215,41 @@ def deliver(uri: str, outbox: Outbox) -> None:
             if time.monotonic() > began + HELD_SECONDS:
                 raise TimeoutError("another process is sending it")
             time.sleep(0.1)
+        outbox.check_written()
+    except (TimeoutError, WriteError):
+        raise  # it says nothing of the store
     except Exception:
         now = time.monotonic()
         _retry_at[uri] = now + WAIT_PER_FAILED_SECOND * (now - began)
         raise
 
 
+def end(uri: str, run_id: str, status: str) -> None:
+    """Gives a run its final state, past its outbox, which cannot be written; best effort."""
+    with contextlib.suppress(Exception):
+        connect(uri).set_terminated(run_id, status)
+
+
+def has_run(uri: str, run_id: str, key: str) -> bool:
+    """Whether a store has the run with this id that was made for this key.
+
+    Raises:
+        Exception: whatever MLflow, its HTTP client or its database raises, if it is away.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = connect(uri).get_run(run_id).data.tags
+    except MlflowException as error:
+        if is_away(uri, error):
+            raise
+        return False
+    return tags.get(KEY_TAG) == key
+
+
 def is_away(uri: str, error: Exception) -> bool:
-    """Whether a server did not answer, or not as one that works, or another process sends."""
-    if isinstance(error, TimeoutError):
+    """Whether a server did not answer, or not as one that works, or it is not the store's fault."""
+    if isinstance(error, TimeoutError | WriteError):
         return True
     return uri.startswith(SERVERS) and getattr(error, "error_code", "") in AWAY
 

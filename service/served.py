@@ -124,7 +124,7 @@ class Served:
         count = len(present_BM)
         parts = [
             self._chunk({n: v[i : i + CHUNK] for n, v in rows.items()}, present_BM[i : i + CHUNK])
-            for i in range(0, count, CHUNK)
+            for i in range(0, max(1, count), CHUNK)  # no rows are a chunk of none
         ]
         fused, own = (torch.cat(values) for values in zip(*parts, strict=True))
         probability_BC, own_BMC = (wide(z).softmax(dim=-1).float().numpy() for z in (fused, own))

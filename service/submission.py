@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from service.cluster import uses_gpu
+from service.capacity import uses_gpu
 from service.config import ConfigError, ScalingConfig
 from service.environment import SUBMITTER_VARIABLE
-from service.redaction import has_credentials, is_secret_name, redact
+from service.redaction import redact
 
 # Left out beside what .gitignore and .rayignore name: results, environments, what looks secret.
 EXCLUDES = (
@@ -73,26 +73,19 @@ def entrypoint(command: Sequence[str], *, uv: bool) -> str:
 
 
 def job_environment(
-    environ: Mapping[str, str], *, uv: bool, with_secrets: bool
+    settings: Mapping[str, str], secrets: Mapping[str, str], *, uv: bool, with_secrets: bool
 ) -> tuple[dict[str, str], list[str]]:
     """The variables a job gets, and the names of those that are left out because they are secret.
 
     Args:
-        environ: candidates; see `worker_environment`.
+        settings, secrets: candidates; see `worker_environment`.
     """
-    found = dict(environ)
-    hidden = [
-        name
-        for name, value in found.items()
-        if not with_secrets and (is_secret_name(name) or has_credentials(value))
-    ]
-    for name in hidden:
-        del found[name]
+    found = dict(settings) | (dict(secrets) if with_secrets else {})
     if uv:  # the workers' environment is that of the driver, which uv makes
         found["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "1"
     found[STOP_VARIABLE] = str(STOP_SECONDS)
     found[SUBMITTER_VARIABLE] = version("midas")
-    return found, sorted(hidden)
+    return found, [] if with_secrets else sorted(secrets)
 
 
 def head_share(

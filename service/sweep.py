@@ -16,8 +16,8 @@ import yaml
 from data.folder import Folder
 from data.schema import Manifest
 from service import population, study
-from service.cluster import RunError
-from service.config import ConfigError, RunConfig, ScalingConfig, config_yaml, with_values
+from service.capacity import trial_scaling
+from service.config import ConfigError, RunConfig, RunError, config_yaml, with_values
 from service.files import (
     ATTEMPT_NAME,
     BEST_NAME,
@@ -55,7 +55,6 @@ class Sweep:
         config: from `resolve`, with the sweep's name.
         slots: trials at a time.
         on_gpu: whether each has a GPU.
-        variables: environment of processes on other machines.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class Sweep:
         *,
         slots: int,
         on_gpu: bool,
-        variables: Mapping[str, str],
     ):
         self.config = config
         self.stopping = False
@@ -75,7 +73,6 @@ class Sweep:
         self._folder = sweep_folder(config)
         self.slots = slots
         self.on_gpu = on_gpu
-        self._variables = dict(variables)
         self._attempt = uuid.uuid4().hex
         self._runs = SweepRuns(config, manifest)
         self.record = Record(self._folder)
@@ -245,7 +242,6 @@ class Sweep:
             "attempt": self._attempt,
             "warmups": str(self._folder / "warmups") if config.search.share_warmup else None,
             "generation": self._generation(entry),
-            "environment": self._variables,
             "on_gpu": self.on_gpu,
             "slots": self.slots,
         }
@@ -405,8 +401,3 @@ class Sweep:
         event["time"] = at or time.time()
         append_line(self._folder / TRIALS_NAME, json.dumps(event, sort_keys=True))
         self.record.take(event)
-
-
-def trial_scaling(config: RunConfig) -> ScalingConfig:
-    """The workers of one trial."""
-    return config.scaling.model_copy(update={"num_workers": config.search.workers_per_trial})

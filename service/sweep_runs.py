@@ -1,5 +1,6 @@
 """A sweep in MLflow: its run, and one inside it for every trial."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from service.environment import environment
 from service.files import REPORT_NAME
 from service.record import Entry, sweep_folder
 from service.study import OBJECTIVE
+
+log = logging.getLogger(__name__)
 
 
 class SweepRuns:
@@ -42,7 +45,8 @@ class SweepRuns:
         """
         search = self._config.search.model_dump(mode="json")
         params = {"search": search, **self._config.resolved()}
-        self._open(self._folder, params, {}, run_id)
+        if page := tracking.run_page(self.uri, self._open(self._folder, params, {}, run_id)):
+            log.info("MLflow: %s", page)
         self._logger = tracking.RunLogger(self.uri, self._folder)
 
     def open_trial(self, entry: Entry, config: RunConfig, run_id: str | None) -> str:

@@ -121,7 +121,7 @@ def open_run(
     )
     try:
         if sending.may_try(uri):
-            sending.deliver(uri, outbox)
+            sending.deliver(uri, outbox, sending.OPEN_SECONDS)
     except Exception as error:  # whatever MLflow, its HTTP client or its database raises
         said = redact(str(getattr(error, "message", error)))
         opened = outbox.state().get("sent", 0) > size
@@ -233,7 +233,10 @@ def finish_run(
     if staged:
         outbox.put({"kind": "artifacts", "folder": staged})
     outbox.put({"kind": "end", "status": status, "time": time.time()})
-    return sending.attempt(uri, outbox, patience) and complete
+    done = sending.attempt(uri, outbox, patience)
+    if not done and outbox.has_unwritten and outbox.run_id:
+        sending.end(uri, outbox.run_id, status)
+    return done and complete
 
 
 def set_tags(uri: str, folder: Path, tags: Mapping[str, str]) -> bool:
@@ -262,7 +265,8 @@ def unsent(storage: Path) -> list[Path]:
 def sync(uri: str, folder: Path) -> tuple[int, int]:
     """Sends what MLflow does not have of the run of a folder.
 
-    A run that began in another store is left as it is, with a warning.
+    A run that began in another store is left as it is, with a warning; a store that has the run is
+    the same one under another address.
 
     Returns:
         How many events were sent, and how many are left.
@@ -270,15 +274,24 @@ def sync(uri: str, folder: Path) -> tuple[int, int]:
     outbox = Outbox(folder)
     before = outbox.num_due()
     store = outbox.state().get("store", redact(uri))
-    if store != redact(uri):
+    if store != redact(uri) and not _is_there(uri, outbox):
         logger.warning(
             "Run %s began in the MLflow store %s, not in %s; set MLFLOW_TRACKING_URI to that store",
             *(folder.name, store, redact(uri)),
         )
         return 0, before
-    sending.attempt(uri, outbox, patience=0.0)
+    sending.attempt(uri, outbox, patience=0.0, seconds=math.inf)
     left = outbox.num_due()
     return before - left, left
+
+
+def _is_there(uri: str, outbox: Outbox) -> bool:
+    state = outbox.state()
+    try:
+        return bool(state.get("run_id")) and sending.has_run(uri, state["run_id"], state["key"])
+    except Exception as error:  # whatever MLflow, its HTTP client or its database raises
+        logger.warning("MLflow at %s does not answer: %s", redact(uri), redact(str(error)))
+        return False
 
 
 def artifact_location(storage: Path) -> str:

@@ -44,13 +44,14 @@ class Paused(Exception):
     """The trial has come to the end of its generation, and what it has is put down."""
 
 
-def run_trial(asked: dict[str, Any]) -> dict[str, Any]:
+def run_trial(asked: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
     """Train; report every validation of the main phase.
 
     Args:
         asked: the trial's `folder`, where its payload is; see `train_worker` for that. It has
-            `environment` for this process, `warmups`, a folder or None, `generation` of a
-            population or None, `on_gpu`, and `slots`, how many trials run at a time.
+            `warmups`, a folder or None, `generation` of a population or None, `on_gpu`, and
+            `slots`, how many trials run at a time.
+        variables: environment for its processes.
 
     Returns:
         The last report: `end`, one of complete, paused, diverged, failed and stopped, and why.
@@ -59,6 +60,7 @@ def run_trial(asked: dict[str, Any]) -> dict[str, Any]:
     gc.collect()  # what the trial before left: streams end with their last reference
     payload = read_json(Path(asked["folder"]) / PAYLOAD_NAME)
     assert payload
+    payload["environment"] = variables
     _settle_in(payload)
     trial = _Trial(payload, began)
     trial.take_over()

@@ -2,49 +2,36 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.schema import load_manifest
 from service import launch, record, sending, study, tracking
+from service.capacity import Nodes, num_cores, places, total, trial_scaling, uses_gpu
 from service.cluster import (
     lazy_session,
     node_resources,
-    num_cores,
     on_a_worker,
     ray_session,
     signals_ignored,
-    uses_gpu,
 )
 from service.compare import summarize, train_all
 from service.config import ConfigError, RunConfig, check_search, load_preset
-from service.environment import environment, worker_environment
+from service.environment import environment
 from service.files import BEST_NAME, RESULT_NAME, read_json
 from service.record import TOP
-from service.sweep import Sweep, trial_scaling
+from service.sweep import Sweep
 
 if TYPE_CHECKING:
     from service.console import Console
 
 
-Nodes = Sequence[Mapping[str, float]]
-
-
 def slots(config: RunConfig, nodes: Nodes) -> int:
     """Trials at a time that nodes with these resources hold, at most those asked for."""
     scaling = trial_scaling(config)
-    places = [int(node.get("CPU", 0)) // scaling.cpus_per_worker for node in nodes]
-    if uses_gpu(scaling, total(nodes)):
-        gpus = [int(node.get("GPU", 0)) for node in nodes]
-        places = [min(both) for both in zip(places, gpus, strict=True)]
-    fitting = sum(places) // scaling.max_workers
+    fitting = places(scaling, nodes) // scaling.max_workers
     return min(fitting, config.search.concurrent or fitting, study.num_trials(config.search))
-
-
-def total(nodes: Nodes) -> Mapping[str, float]:
-    """CPUs and GPUs of all nodes."""
-    return {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
 
 
 def _of_trial(config: RunConfig) -> RunConfig:
@@ -181,7 +168,6 @@ def tune(config: RunConfig, console: "Console", *, debug: bool) -> dict[str, Any
                 data_folder,
                 slots=slots(config, nodes),
                 on_gpu=uses_gpu(trial_scaling(config), total(nodes)),
-                variables=worker_environment() if remote else {},
             )
             console.status(_sentence(make_plan(config, seconds, nodes, driven.record.num_ended)))
             driven.open(began)

@@ -13,9 +13,12 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from service.cluster import STOP_SECONDS, HeadLostError, RunError, watch
+from service.capacity import trial_scaling
+from service.cluster import STOP_SECONDS, HeadLostError, watch
+from service.config import RunError
+from service.environment import environment, worker_environment
 from service.study import OBJECTIVE
-from service.sweep import Sweep, trial_scaling
+from service.sweep import Sweep
 from service.trial import run_trial
 
 TUNE_ENVIRONMENT = {
@@ -48,8 +51,12 @@ def run_trials(sweep: Sweep, *, seconds: float | None) -> None:
     scaling = trial_scaling(sweep.config)
     worker = {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if sweep.on_gpu else {})
     resources = tune.PlacementGroupFactory([worker] * scaling.max_workers)
+    remote = environment()["RAY_ADDRESS"] is not None
+    variables, hidden = worker_environment() if remote else ({}, {})
+    # In Ray's object store, not in Tune's files.
+    trial = tune.with_parameters(run_trial, variables=variables | hidden)
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, resources),
+        tune.with_resources(trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=_Asking(sweep),
             scheduler=_Ending(sweep),

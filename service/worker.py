@@ -23,6 +23,8 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context
 
 from service import contest
+from service.awake import keep_awake
+from service.config import RunConfig
 from service.engine import STOP_POLL_SECONDS, Host, Replay, State, Stopped, Training
 from service.faults import Faults
 from service.storage import StorageError
@@ -169,7 +171,10 @@ def bench_worker(payload: dict[str, Any]) -> dict[str, Any]:
         payload: `config`, `manifest` and `data_folder` as for `train_worker`; the `folder` where
             contenders meet, the names of the `others` outside Ray, and `seconds` for all turns.
     """
-    torch.set_num_threads(payload["config"]["scaling"]["cpus_per_worker"])
+    scaling = RunConfig.model_validate(payload["config"]).scaling
+    torch.set_num_threads(scaling.cpus_per_worker)
+    if scaling.awake:  # of all contenders: they take turns on the same cores
+        keep_awake(scaling.cpus_per_worker)
     return contest.conduct(payload, ray.train.torch.get_device())
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def submit(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     """Run a verb as a job; what can be checked here is checked before anything is sent."""
     from service import jobs, submission
-    from service.cluster import check_cluster_capacity
+    from service.capacity import check_cluster_capacity, total
 
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     if not words or words[0] in (*JOB_VERBS, "ui"):
@@ -26,10 +26,10 @@ def submit(args: argparse.Namespace, rest: list[str], console: "Console") -> dic
     scaling, paths, name = _needs(words)
     submission.check_paths(paths)
     cluster = jobs.Jobs(args.address, insecure=args.insecure)
-    have = cluster.resources()
+    nodes = cluster.nodes()
     if scaling:
-        check_cluster_capacity(scaling, have)
-    share = submission.head_share(scaling, have, all_of_it=words[0] == "tune")
+        check_cluster_capacity(scaling, nodes)
+    share = submission.head_share(scaling, total(nodes), all_of_it=words[0] == "tune")
     job = cluster.submit(
         words,
         Path.cwd(),
@@ -50,6 +50,7 @@ def _needs(words: list[str]) -> "tuple[ScalingConfig | None, dict[str, str | Non
     Raises:
         ConfigError, SystemExit: the command line would fail.
     """
+    from service.capacity import trial_scaling
     from service.config import ScalingConfig
 
     args, rest = make_parser().parse_known_args(with_preset(words))
@@ -66,7 +67,8 @@ def _needs(words: list[str]) -> "tuple[ScalingConfig | None, dict[str, str | Non
             "--checkpoint.storage": config.checkpoint.storage,
         }
         few = args.verb == "prepare" or getattr(args, "dry_run", False)
-        return None if few else config.scaling, paths, config.name or ""
+        scaling = trial_scaling(config) if args.verb == "tune" else config.scaling
+        return None if few else scaling, paths, config.name or ""
     if rest:
         make_parser().error(f"unknown arguments for {args.verb}: {' '.join(rest)}")
     workers = getattr(args, "workers", None)

@@ -33,7 +33,8 @@ def prepare(args: argparse.Namespace, rest: list[str], console: "Console") -> di
 def train(args: argparse.Namespace, rest: list[str], console: "Console") -> dict[str, Any]:
     """Train, pick the best checkpoint, test it."""
     from service import launch
-    from service.cluster import check_local_capacity, lazy_session
+    from service.capacity import check_local_capacity
+    from service.cluster import lazy_session
 
     config = run_config(args, rest)
     if args.register_as:

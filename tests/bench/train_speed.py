@@ -91,7 +91,7 @@ def configuration(folder: Path, args: argparse.Namespace) -> RunConfig:
         "precision": args.precision,
         "compile": args.compile,
     }
-    preset["scaling"] |= {"num_workers": args.workers}
+    preset["scaling"] |= {"num_workers": args.workers, "awake": args.awake}
     preset["storage"] = str(folder / "runs")
     return launch.resolve(RunConfig.model_validate(preset))
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="train.precision")
     parser.add_argument("--batchnorm", default="sync", help="model.batchnorm")
     parser.add_argument("--compile", action="store_true", help="train.compile")
+    parser.add_argument("--awake", action="store_true", help="scaling.awake")
     parser.add_argument("--text-layers", type=int, default=12)
     parser.add_argument("--text-width", type=int, default=256)
     parser.add_argument("--released", type=Path, help="a checkout of the authors' repository")
@@ -124,7 +125,7 @@ def main() -> None:
         config = configuration(Path(folder), args)
         prepared = launch.ensure_prepared(config, lambda done, total: None, debug=False)
         measured = bench(config, prepared.folder, seconds=args.seconds, debug=False, others=others)
-    names = ("shape", "clips", "workers", "rows", "batchnorm", "compile")
+    names = ("shape", "clips", "workers", "rows", "batchnorm", "compile", "awake")
     given = {name: getattr(args, name) for name in names}
     print(json.dumps({"bench": "train_speed", "machine": about, "config": given, **measured}))
 

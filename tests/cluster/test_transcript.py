@@ -1,10 +1,13 @@
 """The README's way from a laptop to a cluster, typed as it stands there, and what came of it."""
 
+import base64
 import json
 import os
 import re
 import signal
 import subprocess
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tests.service.cli import finish, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(900)]
 FOLDER = "/tmp/midas"
+TRACKING = "MLFLOW_TRACKING_URI"
 # How a followed command ends that is interrupted; all others end with 0.
 INTERRUPTED = 130
 
@@ -159,7 +163,59 @@ def test_the_champion_predicts(transcript: list[Step], topology: Topology):
     assert right / table.num_rows > 0.8
 
 
+def test_oversized_and_malformed_requests_are_refused_and_change_nothing(
+    transcript: list[Step], topology: Topology
+):
+    ray, mlflow = topology.environment["RAY_API_SERVER_ADDRESS"], topology.environment[TRACKING]
+    token = Path(topology.environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    name, word = (topology.environment[f"MLFLOW_TRACKING_{n}"] for n in ("USERNAME", "PASSWORD"))
+    jobs = {"Authorization": f"Bearer {token}"}
+    login = {"Authorization": f"Basic {base64.b64encode(f'{name}:{word}'.encode()).decode()}"}
+    jobs_before, runs_before = topology.run("uv run midas jobs").stdout, states(topology)
+    metrics = [{"key": "x", "value": 1, "timestamp": 1, "step": n} for n in range(1001)]
+    run = {"run_id": "0" * 32, "metrics": metrics}
+    for url, headers, body in (
+        (f"{ray}/api/jobs/", jobs, b"{"),
+        (f"{ray}/api/jobs/", jobs, b'{"entrypoint": 7}'),
+        (f"{ray}/api/jobs/", jobs, b'{"entrypoint": "sleep 1", "runtime_env": "../../etc"}'),
+        (f"{ray}/api/jobs/", jobs, b"[" * 100_000),
+        (f"{ray}/api/jobs/", jobs, b"x" * (101 << 20)),
+        (f"{mlflow}/api/2.0/mlflow/runs/create", login, b"{"),
+        (f"{mlflow}/api/2.0/mlflow/runs/create", login, b"[" * 100_000),
+        (f"{mlflow}/api/2.0/mlflow/runs/log-batch", login, json.dumps(run).encode()),
+        (f"{mlflow}/api/2.0/mlflow/artifacts/list?run_id=../../etc", login, None),
+    ):
+        status, kind = answered(url, headers, body), (body or b"")[:30]
+        assert 400 <= status <= 500, (url, kind, status)
+    assert topology.run("uv run midas jobs").stdout == jobs_before
+    assert states(topology) == runs_before
+
+
+def answered(url: str, headers: dict[str, str], body: bytes | None) -> int:
+    """The status of an answer."""
+    sent = {**headers, "Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=body, headers=sent)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (BrokenPipeError, ConnectionResetError, urllib.error.URLError):
+        return 413  # it closed the connection before it had all of it
+
+
 def test_no_secret_was_said(transcript: list[Step], topology: Topology):
     token = Path(topology.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     for secret in (token, topology.environment["MLFLOW_TRACKING_PASSWORD"]):
         assert not any(secret in step.said for step in transcript)
+
+
+def test_no_secret_is_in_the_storage_or_in_the_logs_of_the_cluster(
+    transcript: list[Step], topology: Topology
+):
+    password = topology.environment["MLFLOW_TRACKING_PASSWORD"].encode()
+    folders = [topology.runs, *topology.sessions()]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "runtime_env_agent.log" for path in files)
+    assert any(path.name == "payload.json" for path in files)
+    assert not [path for path in files if password in path.read_bytes()]

@@ -43,6 +43,10 @@ class Topology:
         """The jobs' storage."""
         return Path(self.environment["RUNS"])
 
+    def sessions(self) -> list[Path]:
+        """Folders of Ray's nodes, with their logs."""
+        return [found for name in self.pids if (found := self.folder / name).is_dir()]
+
     def start(self, command: str) -> subprocess.Popen[str]:
         """Start a shell command in the root of the repository, in a process group of its own."""
         return subprocess.Popen(

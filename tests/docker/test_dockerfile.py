@@ -90,6 +90,7 @@ def test_targets_run_as_a_user_with_a_health_check(target: str):
     for setting in (
         *("RAY_AUTH_MODE=token", "RAY_USAGE_STATS_ENABLED=0", "MLFLOW_DISABLE_TELEMETRY=true"),
         *("MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "RAY_JOB_START_TIMEOUT_SECONDS=604800"),
+        "RAY_JOB_STOP_WAIT_TIME_S=120",
     ):
         assert setting in environment
 

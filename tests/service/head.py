@@ -29,10 +29,12 @@ class Head:
 
     Attributes:
         url: of its dashboard.
+        address: for drivers that join.
         folder: its own, and home of the user who started it.
     """
 
     url: str
+    address: str
     folder: Path
 
     @property
@@ -100,13 +102,13 @@ def free_port() -> int:
 def running_head(cpus: int = 2) -> Iterator[Head]:
     """A head with this many CPUs, for as long as the body runs."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets want a short path
-    port = free_port()
-    head = Head(f"http://127.0.0.1:{port}", folder)
+    port, joined = free_port(), free_port()
+    head = Head(f"http://127.0.0.1:{port}", f"127.0.0.1:{joined}", folder)
     home = head.environment(HOME=str(folder), RAY_AUTH_TOKEN_PATH=None)
     words = [BIN / "ray", "get-auth-token", "--generate"]
     subprocess.run(words, env=home, umask=0o077, check=True, capture_output=True)
     ports = {
-        "port": free_port(),
+        "port": joined,
         "dashboard-port": port,
         "ray-client-server-port": free_port(),
         "dashboard-agent-listen-port": free_port(),

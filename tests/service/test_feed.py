@@ -7,7 +7,7 @@ import pytest
 from data.pipeline import ReadAhead
 from data.prepare import prepare
 from data.reader import ShardReader
-from service.cluster import store_share
+from service.capacity import store_share
 from service.config import FeedConfig, load_preset
 from service.feed import STEPS_MEASURED, FeedMeter, Node, choose, reader_rows_per_second
 

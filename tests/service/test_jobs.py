@@ -1,6 +1,7 @@
 """Jobs, without a cluster: addresses, secrets, packages, shares, and servers that are not Ray."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from service.__main__ import main
-from service.cluster import RunError
-from service.config import ConfigError, ScalingConfig
-from service.environment import check_submitter
+from service.config import ConfigError, RunError, ScalingConfig
+from service.environment import check_submitter, worker_environment
 from service.jobs import Cluster, check_clear_text, check_versions, exit_code, jobs_url
 from service.submission import (
     HEAD_SHARE,
@@ -82,7 +82,7 @@ def test_versions_must_be_equal():
 
 
 def test_a_job_runs_on_nodes_of_its_own_version(monkeypatch):
-    found, _ = job_environment({}, uv=False, with_secrets=False)
+    found, _ = job_environment({}, {}, uv=False, with_secrets=False)
     monkeypatch.setenv("MIDAS_SUBMITTER", found["MIDAS_SUBMITTER"])
     check_submitter()
     monkeypatch.setenv("MIDAS_SUBMITTER", "0.0.1")
@@ -110,7 +110,9 @@ def test_addresses_without_a_secret_are_no_secret():
     check_arguments(["train", "digits", "--optim.lr", "1e-3", "http://host:5000/a?b=c"])
 
 
-def test_secrets_stay_here_unless_they_are_meant_to_go():
+def test_secrets_stay_here_unless_they_are_meant_to_go(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
     environ = {
         "MLFLOW_TRACKING_URI": "https://mlflow",
         "MLFLOW_TRACKING_USERNAME": "me",
@@ -119,12 +121,15 @@ def test_secrets_stay_here_unless_they_are_meant_to_go():
         "MLFLOW_REGISTRY_URI": "https://me:word@mlflow",
         "RAY_worker_niceness": "0",
     }
-    found, hidden = job_environment(environ, uv=False, with_secrets=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    candidates = worker_environment()
+    found, hidden = job_environment(*candidates, uv=False, with_secrets=False)
     assert hidden == ["MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"]
     assert "word" not in json.dumps(found)
     assert found["MLFLOW_TRACKING_USERNAME"] == "me"
     assert int(found["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
-    found, hidden = job_environment(environ, uv=True, with_secrets=True)
+    found, hidden = job_environment(*candidates, uv=True, with_secrets=True)
     assert not hidden
     assert found["MLFLOW_TRACKING_PASSWORD"] == "word"
     assert found["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "1"

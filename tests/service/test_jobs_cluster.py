@@ -1,6 +1,7 @@
 """Jobs on a real cluster with a token: submit, follow, stop, resume, as a user does."""
 
 import json
+import secrets
 import select
 import signal
 import socket
@@ -177,6 +178,25 @@ def test_stop_saves_and_a_plain_ray_job_goes_on_to_the_same_weights(
     assert tracked(storage, "halted")[1].info.status == "FINISHED"
 
 
+def test_a_secret_of_the_driver_reaches_the_workers_and_no_file(
+    head: Head, storage: Path, mlflow: str
+):
+    word = f"hidden-{secrets.token_hex(8)}"
+    joined = head.environment(
+        RAY_ADDRESS=head.address,
+        RAY_AUTH_MODE="token",
+        MLFLOW_TRACKING_URI=mlflow.replace("://", f"://me:{word}@"),
+    )
+    command = [BIN / "midas", "train", "digits", *SMALL, *at(storage, "joined")]
+    done = subprocess.run(command, env=joined, cwd=storage, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    client, run = tracked(storage, "joined")
+    assert len(client.get_metric_history(run.info.run_id, "val/accuracy")) == 4  # by a worker
+    files = [path for root in (head.folder, storage) for path in root.rglob("*") if path.is_file()]
+    assert any(path.name == "runtime_env_agent.log" for path in files)
+    assert not [path for path in files if word.encode() in path.read_bytes()]
+
+
 def test_following_ends_with_the_exit_code_of_the_job(head: Head, storage: Path):
     failed = head.midas("submit", "--follow", "evaluate", "nothing", "--storage", str(storage))
     assert failed.returncode == 1
@@ -211,6 +231,12 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(head: Head, stora
     done = head.midas("submit", *TRAIN, *asked, *at(storage, "large"))
     assert done.returncode == 1
     assert "the Ray cluster has 2 CPUs; 5 workers with 1 each need 5" in done.stderr
+    thick = ["--scaling.num-workers", "1", "--scaling.cpus-per-worker", "3"]
+    done = head.midas("submit", *TRAIN, *thick, *at(storage, "thick"))
+    assert (done.returncode, "has 2 CPUs; 1 workers with 3 each" in done.stderr) == (1, True)
+    trials = ["submit", "tune", "digits", "--search.workers-per-trial", "3"]
+    done = head.midas(*trials, *at(storage, "trials"))
+    assert (done.returncode, "3 workers with 1 each need 3" in done.stderr) == (1, True)
     assert head.jobs().keys() == before
 
 
@@ -244,9 +270,11 @@ def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storag
         "plan": (0, ["train", "digits", "--dry-run", "--storage", str(storage)]),
         "evaluate": (1, ["evaluate", "nothing", "--storage", str(storage)]),
         "prepare": (0, ["prepare", "digits", "--storage", str(storage)]),
+        "one": (0, ["train", "digits", *SMALL, *at(storage, "one")]),
+        "two": (0, ["train", "digits", *SMALL, *at(storage, "two")]),
         "train": (130, [*TRAIN, *at(storage, "waiting")]),
     }
-    order = [*["plan", "evaluate", "prepare"] * 6, "plan", "train"]
+    order = ["one", "two", *["plan", "evaluate", "prepare"] * 5, "plan", "plan", "train"]
     everything = json.dumps({HEAD_RESOURCE: HEAD_SHARE})
     head.ray_job("--entrypoint-resources", everything, "--", "sleep", "25")
     said = many(head, *(["submit", *kinds[kind][1]] for kind in order))
@@ -257,10 +285,12 @@ def test_twenty_jobs_at_once_queue_and_end_in_the_right_state(head: Head, storag
     waiting = [job for job in wanted if found[job]["status"] == "PENDING"]
     assert len(waiting) == 20, "they did not queue"
     assert many(head, ["stop", last])[0]["state"] in ("PENDING", "STOPPED")
-    until(lambda: all_ended(head, wanted), 250)
+    until(lambda: all_ended(head, wanted), 300)
     found = many(head, ["jobs"])[0]
     assert {job: found[f"{job}/exit_code"] for job in wanted} == wanted
     assert found[f"{last}/state"] == "STOPPED"
+    for name in ("one", "two"):
+        assert tracked(storage, name)[1].info.status == "FINISHED"
 
 
 @pytest.mark.slow

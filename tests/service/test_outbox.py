@@ -138,6 +138,46 @@ def test_events_wait_for_a_folder_that_cannot_be_written(tmp_path: Path):
     assert [due.event["n"] for due in outbox.due()] == [0, 1, 2]
 
 
+def filled(store: str, folder: Path, batches: int) -> Outbox:
+    """An opened run with so many calls' worth of metrics that were not sent."""
+    open_run(store, folder, folder.parent, "toy", folder.name, {}, {}, DATA)
+    outbox = Outbox(folder)
+    size = sending.ENTITIES_PER_BATCH
+    for batch in range(batches):
+        many = {f"m{n}": float(n) for n in range(size)}
+        outbox.put({"kind": "metrics", "metrics": many, "step": batch, "time": 1.7e9, "once": True})
+    return outbox
+
+
+def test_a_store_that_answers_but_has_much_to_take_is_given_a_bounded_time(tmp_path: Path):
+    store = tracking_uri(tmp_path)
+    outbox = filled(store, tmp_path / "run", 5)
+    due = outbox.num_due()
+    assert not sending.attempt(store, outbox, patience=0.0, seconds=0.0)
+    assert 0 < outbox.num_due() < due  # one call was under way
+    assert sending.may_try(store), "it is not away"
+    assert sending.attempt(store, outbox, patience=0.0)
+    assert outbox.num_due() == 0
+
+
+def test_a_run_ends_also_when_its_folder_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    store, folder = tracking_uri(tmp_path), tmp_path / "run"
+    filled(store, folder, 0)
+    run = tracking.run_id(folder)
+    events = (folder / EVENTS_NAME).rename(folder / "events")
+    (folder / EVENTS_NAME).mkdir()  # as good as a full disk
+    assert not finish_run(store, folder, "FAILED", {"x": 1.0}, dict, {}, patience=0.0)
+    assert "cannot be written" in caplog.text
+    assert MlflowClient(store).get_run(run).info.status == "FAILED"
+    assert sending.may_try(store)
+    (folder / EVENTS_NAME).rmdir()
+    events.rename(folder / EVENTS_NAME)
+    assert finish_run(store, folder, "FINISHED", {"x": 1.0}, dict, {}, patience=0.0)
+    assert MlflowClient(store).get_run(run).data.metrics == {"x": 1.0}
+
+
 def test_one_sends_at_a_time(tmp_path: Path):
     outbox = Outbox(tmp_path)
     outbox.put({"n": 0})
@@ -284,6 +324,11 @@ def test_sync_sends_what_is_left_of_ended_runs(server: Server, tmp_path: Path):
     (trial,) = runs(server, "trial")
     assert trial.data.tags["mlflow.parentRunId"] == tracking.run_id(parent)
     assert trial.info.status == "KILLED"
+    outbox = Outbox(child)
+    outbox.put({"kind": "tags", "tags": {"late": "yes"}})
+    by_name = {"MLFLOW_TRACKING_URI": server.url.replace("127.0.0.1", "localhost")}
+    assert midas("sync", storage=tmp_path, **by_name).returncode == 0  # the same, by another name
+    assert runs(server, "trial")[0].data.tags["late"] == "yes"
     other = midas("sync", storage=tmp_path)
     assert (other.returncode, "0 runs had something" in other.stderr) == (0, True)
 

@@ -17,6 +17,9 @@ import yaml
 from mlflow import MlflowClient
 
 from data.schema import MANIFEST_NAME, load_manifest
+from service import gate
+from service.config import ConfigError
+from service.models import promote
 from tests.service.cli import SMALL, last_json, midas
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -294,6 +297,26 @@ def test_promotion_goes_through_the_gate(storage: Path, registered: dict[str, An
     assert decisions[-1]["promote/new_data"] == "recorded again"
     assert "@" in decisions[-1]["promote/by"]
     assert decisions[0]["gain"] == pytest.approx(gain, abs=1e-6)
+    registry.set_registered_model_alias("digits", "champion", "1")
+
+
+def test_of_two_promotions_at_once_one_is_refused_and_recorded_so(
+    storage: Path, registered: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    registry, rules = client(storage), gate.Rules(-1.0, 0.0, new_data="again")
+    decide = gate.decide
+
+    def meanwhile(*args: Any) -> gate.Decision:
+        registry.set_registered_model_alias("digits", "champion", "2")
+        return decide(*args)
+
+    monkeypatch.setattr(gate, "decide", meanwhile)
+    with pytest.raises(ConfigError, match="changed while version 2 was compared"):
+        promote("digits", "2", str(storage), rules)
+    monkeypatch.undo()
+    tags = registry.get_model_version("digits", "2").tags
+    last = max(name for name in tags if name.startswith("decision/"))
+    assert (tags["verdict"], json.loads(tags[last])["promote/promoted"]) == ("refused", False)
     registry.set_registered_model_alias("digits", "champion", "1")
 
 

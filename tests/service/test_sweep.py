@@ -12,8 +12,7 @@ from mlflow import MlflowClient
 
 from data.folder import Folder
 from service import launch, study
-from service.cluster import RunError
-from service.config import ConfigError, RunConfig, check_search, load_preset, with_values
+from service.config import ConfigError, RunConfig, RunError, check_search, load_preset, with_values
 from service.cost import trial_seconds
 from service.files import (
     ATTEMPT_NAME,
@@ -46,9 +45,7 @@ class Player:
     """Plays the trials of a sweep: at any time, any of those that run reports."""
 
     def __init__(self, wanted: RunConfig, order: int, num_slots: int = 2):
-        self.sweep = Sweep(
-            wanted, MANIFEST, Folder.at(wanted.storage), slots=2, on_gpu=False, variables={}
-        )
+        self.sweep = Sweep(wanted, MANIFEST, Folder.at(wanted.storage), slots=2, on_gpu=False)
         self._random = random.Random(order)
         self._slots = num_slots
         self.running: dict[str, Any] = {}

@@ -444,6 +444,13 @@ def test_a_tracking_server_has_its_own_pages() -> None:
         ui_command("http://mlflow:5000", Path("runs"), "127.0.0.1", 5000)
 
 
+def test_no_password_of_a_database_is_on_the_command_line() -> None:
+    uri = "postgresql://midas:hidden-word@db/mlflow"
+    command, variables = ui_command(uri, Path("runs"), "127.0.0.1", 5000)
+    assert "hidden-word" not in " ".join(command)
+    assert variables["MLFLOW_BACKEND_STORE_URI"] == uri
+
+
 def test_curves_skip_what_the_history_lacks_and_keep_colours() -> None:
     figures = curves(HISTORY)
     assert sorted(figures) == ["accuracy.png", "alpha.png", "loss.png"]
