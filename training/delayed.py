@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """`values` of the host, on `device`; memory that is not pinned would wait for it."""
+    """`values` of the host, on `device`: a GPU takes them when it comes to them, from memory that
+    is pinned, else it would be waited for."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -187,6 +187,7 @@ def _train_steps(
         hooks.on_step(position, reduced | {LOSS: sums["loss_sum"] / sums["rows"]})
         rows += batch.global_rows
         clock.mark(STEP)
+    clock.mark("wait")
     return rows
 
 

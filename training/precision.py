@@ -36,8 +36,8 @@ def best_precision(device: torch.device, model: nn.Module) -> Precision:
 
 
 def _attention_widths(model: nn.Module) -> Iterator[int]:
-    """Of torch's attention and that of transformers, whose classes share a word in their names and
-    that they hold their projections; and the width that a network of transformers gives."""
+    """Of every layer of attention: torch's, and those of transformers, which have nothing in common
+    but a word in their names. The networks of transformers give their own width as well."""
     for module in model.modules():
         if "Attention" in type(module).__name__:
             parts = module.children()

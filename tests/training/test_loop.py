@@ -216,12 +216,13 @@ def test_every_epoch_logs_its_speed_and_where_its_time_went():
         shares = {name: metrics[f"speed/{name}_share"] for name in SHARES}
         assert all(0 <= share <= 1 for share in shares.values())
         assert sum(shares.values()) <= 1 + 1e-9
-        assert shares["report"] == pytest.approx(2 * shares["wait"], rel=0.5)
-        assert shares["wait"] > 0.15
-        assert 0.04 < metrics["speed/step_p50_seconds"] <= metrics["speed/step_p95_seconds"] < 10
+        assert 0.04 < metrics["speed/step_p50_seconds"] <= metrics["speed/step_p95_seconds"] < 60
         seconds = sum(BATCH_ROWS) / metrics["speed/samples_per_second"]
-        assert 3 * 0.04 + 0.06 < seconds < 10
+        assert 3 * 0.04 + 0.06 < seconds < 60
+        assert shares["wait"] * seconds >= 0.06
+        assert shares["report"] * seconds >= 0.12
         assert 10 < metrics["memory/peak_mib"] < 2**20
+    assert shares["report"] > shares["wait"] > 0.15  # the first steps of a process take longer
 
 
 def test_scheduler_steps_once_an_epoch_after_the_steps():
