@@ -64,7 +64,8 @@ class Position:
         """Count one more step."""
         totals = list(sums.values())
         if self.totals:
-            totals = torch._foreach_add([self.totals[name] for name in sums], totals)
+            before = [self.totals[name] for name in sums]
+            totals = torch._foreach_add(before, totals)  # pyright: ignore[reportPrivateImportUsage]
         self.totals = dict(zip(sums, totals, strict=True))
         self.step += 1
         self.steps_done += 1

@@ -190,7 +190,7 @@ class Method(nn.Module):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         scale = self.loss_scale
         if scale is not None:
-            torch._foreach_div_(grads, scale.factor)
+            torch._foreach_div_(grads, scale.factor)  # pyright: ignore[reportPrivateImportUsage]
         finite = torch.isfinite(nn.utils.get_total_norm(grads) + sums["loss_sum"])
         hopeless = ~finite
         if scale is not None:
