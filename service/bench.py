@@ -38,6 +38,15 @@ END_SECONDS = 20.0
 NOTABLE = 0.03
 # The reader is no limit while it is this much faster than training.
 AMPLE = 1.5
+# Products of dense bf16 matrices, TFLOP/s by data sheet; names as the driver gives them.
+PEAK_TFLOPS = {
+    "NVIDIA H200": 989.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+}
 
 
 def bench(
@@ -64,14 +73,15 @@ def bench(
     Returns:
         Medians over turns; ratios are taken turn by turn:
         `samples_per_second` of the loop under Ray Train with its data from Ray Data,
-        `model_samples_per_second` of bare steps on batches in memory, `rows_per_second` of the
-        reader alone, `midas_over_joint` and `midas_over_joint_uni` (time of a step),
-        `ray_over_bare` (samples a second against a process group without Ray, with data in
-        memory), `scaling` (of that group against one process), `apart_scaling` (the same of
-        processes that do not talk, all of which then take the same number of steps, and
-        `slowest_scaling` if each were as slow as the slowest, as those that wait for each other
-        are), shares of the loop's time, seconds of the first step and of a step, peak memory, and
-        `limit`, a sentence.
+        `model_samples_per_second` and `model_step_seconds` of bare steps on batches in memory,
+        `model_tflops`, TFLOP/s of their convolutions and products of matrices (`peak_share`: over
+        what that many GPUs give dense bf16, where that is known), `rows_per_second` of the reader
+        alone, `midas_over_joint` and `midas_over_joint_uni` (time of a step), `ray_over_bare`
+        (samples a second against a process group without Ray, with data in memory), `scaling` (of
+        that group against one process), `apart_scaling` (the same of processes that do not talk,
+        all of which then take the same number of steps, and `slowest_scaling` if each were as slow
+        as the slowest, as those that wait for each other are), shares of the loop's time, seconds
+        of the first step and of a step, peak memory, and `limit`, a sentence.
     """
     began = time.monotonic()
     manifest = load_manifest(data_folder)
@@ -90,6 +100,7 @@ def bench(
     report = summary(returned["turns"], list(others or {}))
     return {
         **report,
+        **work(returned["flops"], report["model_step_seconds"], returned["gpu"], workers),
         **returned["peak"],
         **{name: returned[name] for name in ("first_step_seconds", "precision", "device")},
         "workers": workers,
@@ -167,6 +178,7 @@ def summary(turns: Turns, others: Sequence[str] = ()) -> dict[str, Any]:
     result: dict[str, Any] = {
         "samples_per_second": median(map(rate, loop)),
         "model_samples_per_second": median(turn["rows"] / turn["midas"] for turn in memory),
+        "model_step_seconds": median(turn["midas"] for turn in memory),
         "rows_per_second": median(turn["rows_per_second"] for turn in turns["reader"]),
         "midas_over_joint": median(turn["midas"] / turn["joint"] for turn in memory),
         "midas_over_joint_uni": median(turn["midas"] / turn["joint_uni"] for turn in memory),
@@ -185,12 +197,29 @@ def summary(turns: Turns, others: Sequence[str] = ()) -> dict[str, Any]:
         rates = [*map(rate, turns[name])]
         result[f"{name}_over"] = ratio([*map(rate, loop)], rates)
         result[f"{name}_samples_per_second"] = median(rates)
-    for share in ("wait", "exchange", "optimizer"):
+    for share in ("wait", "prepare", "exchange", "optimizer"):
         name = "data_wait" if share == "wait" else share
         result[f"{name}_share"] = median(turn.get(f"{share}_share", 0.0) for turn in loop)
     for name in ("step_p50", "step_p95"):
         result[f"{name}_seconds"] = median(turn[name] for turn in loop)
     return result
+
+
+def work(flops: int, seconds: float, gpu: str | None, workers: int) -> dict[str, Any]:
+    """What bare steps do in a second, and its share of what the GPUs could do, if they are known.
+
+    Args:
+        flops: of a step, on all workers.
+        seconds: of a step.
+        gpu: name of each worker's, if they have any.
+        workers: how many.
+    """
+    found: dict[str, Any] = {"model_tflops": flops / seconds / 1e12}
+    if gpu is not None:
+        found["gpu"] = gpu
+        if gpu in PEAK_TFLOPS:
+            found["peak_share"] = found["model_tflops"] / (workers * PEAK_TFLOPS[gpu])
+    return found
 
 
 def limit(report: Mapping[str, Any], workers: int) -> str:

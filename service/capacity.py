@@ -1,4 +1,5 @@
-"""Whether workers fit: on this machine, or on the nodes of a cluster, each on one of them."""
+"""What fits: workers on this machine, or on the nodes of a cluster, each on one of them; and the
+object store in the memory."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -88,3 +89,12 @@ def num_cores() -> int:
     """Cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def store_share(shm: int, memory: int) -> int:
+    """Bytes for the object store, on which depends how many readers there may be (feed.choose).
+
+    An eighth of the memory, but not more than three quarters of what is free in /dev/shm: beyond it
+    Ray takes slow files. At least a quarter of that up to 4 GiB, and 256 MiB.
+    """
+    return max(256 << 20, min(4 << 30, shm // 4), min(memory // 8, 3 * shm // 4))

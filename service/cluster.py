@@ -18,6 +18,7 @@ from service.capacity import (
     check_local_capacity,
     missing,
     num_cores,
+    store_share,
     uses_gpu,
 )
 from service.config import RunConfig, RunError, ScalingConfig
@@ -342,12 +343,14 @@ def node_resources() -> list[Mapping[str, float]]:
 
 
 def object_store_bytes() -> int:
-    """A quarter of the memory that is free in /dev/shm, at most 4 GiB, at least 256 MiB."""
+    """Size of the object store of a local run; see `store_share`."""
+    from ray._common.utils import get_system_memory
+
     shm = Path("/dev/shm")
     if not shm.is_dir():
         return 1 << 30
     stats = os.statvfs(shm)
-    return max(256 << 20, min(4 << 30, stats.f_bavail * stats.f_frsize // 4))
+    return store_share(stats.f_bavail * stats.f_frsize, get_system_memory())
 
 
 def _fit_in_thread(trainer: Any, folder: Path, scaling: ScalingConfig) -> object:

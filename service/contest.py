@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Manifest
 from service.config import RunConfig
@@ -34,7 +35,7 @@ from service.files import write_text
 from service.rows import WorkerRows, make_order
 from service.stepper import Stepper
 from training.batch import Batch, Progress
-from training.clock import percentiles
+from training.clock import STEP, percentiles
 from training.distributed import (
     exchanges,
     from_rank_zero,
@@ -50,6 +51,8 @@ TURN_SECONDS = 3.0
 WARMUP_STEPS = 3
 CALIBRATION_STEPS = 4
 KEPT_BATCHES = 4
+# On GPUs, between two waits for the device: the first steps after one wait for their kernels.
+STEPS_TOGETHER = 10
 # The turns are over long before; the stream must not be.
 EPOCHS = 10_000
 METHODS = ("midas", "joint_uni", "joint")
@@ -108,7 +111,7 @@ class Loop:
             data=EpochData(lambda: iter(()), lambda: iter(())),
             signals=lambda: {"stop": zero, "leave": zero, "failed": zero},
             on_step=self._on_step,
-            on_trained=lambda position, validates: None,
+            on_trained=lambda position, validates: self._take_in(),
             validate=dict,
             on_epoch=lambda epoch, metrics: None,
             prepare_seconds=self._prepare_seconds,
@@ -126,30 +129,40 @@ class Loop:
 
     def _reset(self) -> None:
         """Count from here."""
+        _wait_for(self._stepper.device)
         self._rows, self._exchanged = 0, exchanges.seconds
+        self._seconds: Numbers = defaultdict(float)
         self._step_seconds: list[float] = []
         self._began = time.perf_counter()
         self._stepper.method.clock.reset()
+
+    def _take_in(self) -> None:
+        """Add what the clock has counted; the loop resets it in every epoch."""
+        clock = self._stepper.method.clock
+        clock.settle()
+        self._step_seconds += clock.steps
+        for name, seconds in clock.seconds.items():
+            self._seconds[name] += seconds
 
     def _on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
         self._left -= 1
         if self._left == self._steps:  # the step before the turn
             self._reset()
             return
-        self._step_seconds.append(time.perf_counter() - self._began - sum(self._step_seconds))
         if self._left:
             return
-        clock = self._stepper.method.clock
-        clock.settle()
+        self._stepper.method.clock.mark(STEP)
+        self._take_in()
         seconds = time.perf_counter() - self._began
-        known = sum(clock.seconds.values())
-        shares = {f"{name}_share": value / known for name, value in clock.seconds.items()}
+        known = sum(self._seconds.values())
+        shares = {f"{name}_share": value / known for name, value in self._seconds.items()}
         shares["exchange_share"] = shares.get("exchange_share", 0.0) + (
             (exchanges.seconds - self._exchanged) / seconds
         )
         numbers = {"seconds": seconds, "steps": self._steps, "rows": self._rows, **shares}
-        numbers["step_p50"], numbers["step_p95"] = percentiles(self._step_seconds)
-        numbers["first_step"] = self._step_seconds[0]
+        step_seconds = self._step_seconds[-self._steps :]  # without the rest of the one before
+        numbers["step_p50"], numbers["step_p95"] = percentiles(step_seconds)
+        numbers["first_step"] = step_seconds[0]
         self._steps = self._between(numbers)
         self._left = self._steps + 1
 
@@ -167,12 +180,13 @@ class _Conductor:
         self._others: dict[str, list[str]] = payload["others"]
         self._seconds = payload["seconds"]
         self._calls: dict[str, int] = defaultdict(int)
-        self._device = device
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._found: dict[str, list[Numbers]] = defaultdict(list)
         self._deadline = 0.0
         self._round = -2  # two turns before the first that counts
         self._steps = CALIBRATION_STEPS
         self._first_step = 0.0
+        self._flops = 0
         self._rows = self._new_rows()
         self._reader = self._stream(self._new_rows())
         self._kept = list(islice(self._stream(self._new_rows()), KEPT_BATCHES))
@@ -200,6 +214,8 @@ class _Conductor:
             "precision": stepper.precision,
             "peak": peak_memory(),
             "device": str(self._device),
+            "gpu": torch.cuda.get_device_name(self._device) if self._on_gpu else None,
+            "flops": self._flops,
             "first_step_seconds": self._first_step,
         }
 
@@ -252,28 +268,39 @@ class _Conductor:
         """Steps of the methods in turn, on batches in memory."""
         seconds: dict[str, list[float]] = {name: [] for name in METHODS}
         cycles = max(1, self._steps // (2 * len(METHODS)))
+        together = min(cycles, STEPS_TOGETHER) if self._on_gpu else 1
         batches = cycle(self._kept)
         for name, stepper in self._steppers.items():
             if name not in self._wrapped:
                 stepper.method.set_phase(0)
                 stepper.method.train()
                 self._wrapped[name] = stepper.wrap(stepper.method)
-            self._timed_step(name, next(batches), 0)  # does not count
-        for number in range(cycles):
-            batch = next(batches)
+            if name == "midas" and not self._flops:
+                self._flops = self._count_flops(next(batches))
+            self._step_seconds(name, [next(batches)], 0)  # does not count
+        for number in range(cycles // together):
+            chosen = list(islice(batches, together))
             for name in METHODS[:: 1 if (self._round + number) % 2 else -1]:
-                seconds[name].append(self._timed_step(name, batch, number))
+                seconds[name].append(self._step_seconds(name, chosen, number))
         numbers = {name: percentiles(values)[0] for name, values in seconds.items()}
         self._found["memory"].append(numbers | {"rows": float(self._kept[0].global_rows)})
 
-    def _timed_step(self, name: str, batch: Batch, number: int) -> float:
+    def _count_flops(self, batch: Batch) -> int:
+        """Of a step of MIDAS on all ranks: those of convolutions and products of matrices."""
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            self._step_seconds("midas", [batch], 0)
+        return sum(from_ranks(counter.get_total_flops()))
+
+    def _step_seconds(self, name: str, batches: list[Batch], number: int) -> float:
+        """Time of one step, of as many as there are batches."""
         stepper = self._steppers[name]
         _wait_for(self._device)
         began = time.perf_counter()
-        progress = Progress(0, 0, number, 1)
-        stepper.method.train_step(self._wrapped[name], batch, stepper.optimizer, progress)
+        for place, batch in enumerate(batches, number * len(batches)):
+            progress = Progress(0, 0, place, 1)
+            stepper.method.train_step(self._wrapped[name], batch, stepper.optimizer, progress)
         _wait_for(self._device)
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / len(batches)
 
     def _call(self, name: str) -> None:
         """A turn of a contender outside Ray, which may be several processes at a time."""
@@ -406,6 +433,8 @@ def main(folder: str, name: str, place: str, size: str) -> None:
     torch.set_num_threads(scaling.cpus_per_worker)
     on_gpu = scaling.device != "cpu" and torch.cuda.device_count() >= scaling.max_workers
     device = torch.device(f"cuda:{place}" if on_gpu else "cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
     group = contextlib.nullcontext()
     if int(size) > 1:
         group = process_group(int(place), int(size), f"file://{folder}/group-{name}", device)

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 STOP, LEAVE, FAILED = "stop", "leave", "failed"
 STOP_POLL_SECONDS = 0.2
+# Read by cuBLAS at its first product; without it, torch refuses products on deterministic GPUs.
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class Stopped(Exception):
@@ -70,6 +72,7 @@ class State(Stepper):
         self.config = config = RunConfig.model_validate(payload["config"])
         self.manifest = Manifest.model_validate(payload["manifest"])
         if config.train.deterministic:
+            os.environ.setdefault(*CUBLAS_WORKSPACE)
             torch.use_deterministic_algorithms(True)
         torch.set_num_threads(config.scaling.cpus_per_worker)
         self.rows = WorkerRows(config, self.manifest, payload["data_folder"], device)
@@ -302,7 +305,7 @@ class Training:
             FAILED: self._keeper.error is not None,
         }
         return {
-            name: torch.tensor(float(flag), device=self._state.device)
+            name: torch.full((), float(flag), device=self._state.device)
             for name, flag in flags.items()
         }
 

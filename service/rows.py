@@ -205,6 +205,7 @@ class WorkerRows:
             global_rows,
             keep=self._mask(arrays.get("keep")),
             present=self._mask(arrays.get("present")),
+            chunk=int(arrays["lane"][0]) if epoch is None else None,
         )
 
     def _rows(

@@ -138,7 +138,8 @@ def _settle_in(payload: dict[str, Any]) -> None:
 
 
 def _device(payload: dict[str, Any]) -> torch.device:
-    return torch.device("cuda" if payload["on_gpu"] else "cpu")
+    """The one GPU that Ray shows this process, by its number, or the CPU."""
+    return torch.device("cuda:0" if payload["on_gpu"] else "cpu")
 
 
 class _Trial:

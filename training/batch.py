@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from training.delayed import sent
+from training.distributed import rank, world_size
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,6 +28,7 @@ class Batch:
         global_rows: rows of the whole global batch, over all ranks.
         lane_rows: rows of every lane in the global batch, if the reader knows them: pairing and
             micro-batches then need not ask the other ranks, nor wait for the device.
+        chunk: lane of all rows, of a chunk for evaluation whose reader knows it.
         keep: (B, M) bool, modalities that a `Resampling` keeps; None keeps all.
         present: (B, M) bool, modalities that a row has; None, on every rank, if all have all.
         carried: the loop's own numbers, added over ranks together with those of the method.
@@ -39,6 +43,7 @@ class Batch:
     keep: Tensor | None = None
     present: Tensor | None = None
     lane_rows: tuple[int, ...] | None = None
+    chunk: int | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -57,21 +62,24 @@ class Batch:
         if count == 1:
             return [self]
         assert self.lane_rows is not None, "the reader of training rows gives them"
-        lane = self.lane.contiguous()
-        place = torch.arange(len(lane), device=lane.device) - torch.searchsorted(lane, lane)
+        own = slice(*(place * self.num_lanes // world_size() for place in (rank(), rank() + 1)))
+        place = torch.cat([torch.arange(rows) for rows in self.lane_rows[own]])
+        assert len(place) == len(self.label), "lanes are dealt to ranks in runs"
         parts = []
         for part in range(count):
             lane_rows = tuple(len(range(part, rows, count)) for rows in self.lane_rows)
             if sum(lane_rows):
                 carried = self.carried if part == 0 else {}
-                rows = self.only(place % count == part)
+                chosen = (place % count == part).nonzero().squeeze(1)
+                rows = self.only(sent(chosen, self.label.device))
                 parts.append(
                     replace(rows, global_rows=sum(lane_rows), lane_rows=lane_rows, carried=carried)
                 )
         return parts
 
     def only(self, wanted: Tensor) -> "Batch":
-        """The rows of a (B,) bool mask; what is said of the global batch stays."""
+        """The rows of a (B,) bool mask, or with these numbers; what is said of the global batch
+        stays."""
         return replace(
             self,
             inputs={name: value[wanted] for name, value in self.inputs.items()},

@@ -64,7 +64,7 @@ def _global_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Much faster than var_mean on CPUs; it answers in the type of what it tracks.
         tracked = input.new_zeros(2, input.shape[1], dtype=_wide(input))
         mean_C, var_C = torch.ops.aten.batch_norm_update_stats(input.detach(), *tracked, 0.0)
-        count = own.new_tensor([input.numel() // input.shape[1]])
+        count = own.new_full((1,), input.numel() // input.shape[1])
         own = torch.cat([mean_C.double(), var_C.double(), count])
     table = gather_rows(own[None], [1] * world_size())
     mean_WC, var_WC, count_W1 = table.split([input.shape[1], input.shape[1], 1], dim=1)
@@ -103,9 +103,10 @@ class _Normalise(torch.autograd.Function):
         input, mean_C, var_C, weight_C = ctx.saved_tensors
         grad_weight_C, grad_bias_C = mean_C.new_zeros(2, len(mean_C))
         if input.numel():  # torch's kernel divides by the number of rows
+            # CPUs read mean and variance, GPUs mean and inverse deviation.
+            read = (mean_C, var_C, mean_C, (var_C + ctx.eps).rsqrt())
             _, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
-                *(grads[0], input, weight_C, mean_C, var_C, None, None, False, ctx.eps),
-                [False, True, True],
+                *(grads[0], input, weight_C, *read, False, ctx.eps), [False, True, True]
             )
         sums = reduce_sums({"dot": grad_weight_C, "plain": grad_bias_C})
         invstd_C = (var_C.double() + ctx.eps).rsqrt()

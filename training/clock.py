@@ -77,13 +77,13 @@ def _event() -> torch.cuda.Event:
 
 
 def gpu_utilization() -> float | None:
-    """Share of the last second or so in which the current GPU was busy, in per cent; None without a
-    GPU or its management library."""
+    """Share of the last second or so in which the current GPU was busy, in per cent; None where
+    that is not known: without a GPU, or in a part of one (MIG)."""
     if not torch.cuda.is_available():
         return None
     try:
         return float(torch.cuda.utilization())
-    except (ModuleNotFoundError, RuntimeError):
+    except Exception:  # whatever its management library raises; training goes on
         return None
 
 

@@ -1,7 +1,15 @@
-"""Numbers that the training thread needs from the device, without waiting for it."""
+"""Numbers on their way between the training thread and the device, without waiting for it."""
 
 import torch
 from torch import Tensor
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the host, on `device`: a GPU takes them when it comes to them, from memory that
+    is pinned, else it would be waited for."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Delayed:

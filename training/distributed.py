@@ -30,7 +30,7 @@ def world_size() -> int:
 class Exchanges:
     """Time that this process has waited for others inside forward and backward passes.
 
-    Collectives on a GPU return at once, and nothing is counted.
+    Collectives on a GPU return at once, and nothing is counted; nor is one process's own work.
 
     Attributes:
         seconds: since the process began.
@@ -39,11 +39,12 @@ class Exchanges:
     seconds = 0.0
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count the body."""
+    def counted(self, device: torch.device) -> Iterator[None]:
+        """Count the body, which exchanges what is on `device`."""
         began = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - began
+        if device.type == "cpu" and world_size() > 1:
+            self.seconds += time.perf_counter() - began
 
 
 exchanges = Exchanges()
@@ -77,7 +78,7 @@ def reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add tensors over ranks in a single fp64 all-reduce; see `PendingSums`."""
     if not sums:
         return {}
-    with exchanges.counted():
+    with exchanges.counted(next(iter(sums.values())).device):
         return PendingSums(sums).wait()
 
 
@@ -124,14 +125,14 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in counts]
-        with exchanges.counted():
+        with exchanges.counted(rows.device):
             dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         total = grads[0].contiguous().clone()
-        with exchanges.counted():
+        with exchanges.counted(total.device):
             dist.all_reduce(total)
         return total.split(ctx.counts)[rank()], None
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from training.batch import Batch, Progress
+from training.delayed import sent
 from training.distributed import gather_rows, reduce_sums, row_counts
 from training.methods.base import Method
 from training.model import keep_only
@@ -125,7 +126,7 @@ def local_sums(
     sums = {name: torch.zeros(shape, **options) for name, shape in shapes.items()}
     scores = [torch.zeros(0, 2, **options)]
     for batch in chunks:
-        chunk = int(batch.lane[0])
+        chunk = int(batch.lane[0]) if batch.chunk is None else batch.chunk
         moved = _move(batch, device)
         features = method.model.encode(moved.inputs, moved.present)
         present_BM = _present(moved, num_modalities)
@@ -341,7 +342,7 @@ def _misaligned_sums(
     names, num_classes = method.model.modalities, method.model.num_classes
     progress = Progress(seed=seed, epoch=0, step=chunk, num_epochs=0)
     generator = progress.generator("misaligned evaluation")
-    permutation = torch.randperm(len(label), generator=generator).to(label.device)
+    permutation = sent(torch.randperm(len(label), generator=generator), label.device)
     sources, counts = misaligned_sources(label, len(names), num_classes, permutation)
     counts = counts & present_BM.gather(0, sources).all(1)
     mixed = {name: features[name][sources[:, m]] for m, name in enumerate(names)}

@@ -27,14 +27,17 @@ from training.methods.base import FINITE, HOPELESS, EpochData, Method, Resamplin
 
 ORDER = "step/order"
 LOSS = "step/loss"
-# Share of the steps' time -> mark of the clock.
+TRAINED = "trained"
+# Share of the steps' time -> marks of the clock.
 SHARES = {
-    "wait": "wait",
-    "prepare": "prepare",
-    "exchange": "exchange",
-    "optimizer": "optimizer",
-    "report": STEP,
+    "wait": ("wait",),
+    "prepare": ("prepare",),
+    "exchange": ("exchange",),
+    "optimizer": ("optimizer",),
+    "report": (STEP, TRAINED),
 }
+# Of one rank: what the others do meanwhile is to wait for it. All else is a mean over ranks.
+OF_THE_WORST = ("speed/report_share", "memory/")
 
 
 @dataclass
@@ -59,10 +62,11 @@ class Position:
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Count one more step."""
-        self.totals = {
-            name: self.totals[name] + value if self.totals else value
-            for name, value in sums.items()
-        }
+        totals = list(sums.values())
+        if self.totals:
+            before = [self.totals[name] for name in sums]
+            totals = torch._foreach_add(before, totals)  # pyright: ignore[reportPrivateImportUsage]
+        self.totals = dict(zip(sums, totals, strict=True))
         self.step += 1
         self.steps_done += 1
 
@@ -133,10 +137,13 @@ def fit(
             "lr": scheduler.get_last_lr()[0],
             "main_phase": float(method.is_main_phase(epoch)),
         }
-        metrics |= _train_steps(method, wrapped, optimizer, hooks, position, start)
-        metrics |= _epoch_metrics(method, position)
+        exchanged = exchanges.seconds
+        rows = _train_steps(method, wrapped, optimizer, hooks, position, start)
         validates = (epoch + 1) % eval_every_epochs == 0 or epoch + 1 == num_epochs
         hooks.on_trained(position, validates)
+        method.clock.mark(TRAINED)
+        metrics |= _speed_metrics(method.clock, rows, exchanges.seconds - exchanged)
+        metrics |= _epoch_metrics(method, position)
         with warnings.catch_warnings():  # a run resumed here has not stepped its optimizer yet
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             scheduler.step()
@@ -156,10 +163,10 @@ def _train_steps(
     hooks: Hooks,
     position: Position,
     start: Progress,
-) -> dict[str, float]:
-    """Take the steps of an epoch that are left; returns their speed."""
+) -> int:
+    """Take the steps of an epoch that are left; returns the rows of their global batches."""
     method.train()
-    clock, rows, exchanged = method.clock, 0, exchanges.seconds
+    clock, rows = method.clock, 0
     batches = hooks.train_batches(position.epoch, position.resampling, position.step)
     clock.reset()
     began = time.monotonic()
@@ -170,7 +177,7 @@ def _train_steps(
         clock.move("wait", "prepare", now - prepared)
         prepared = now
         progress = replace(start, step=position.step)
-        torch.manual_seed(progress.stream_seed("torch", rank()))  # dropout and the like
+        _seed(progress.stream_seed("torch", rank()), batch.label.device)
         carried = hooks.signals() | {ORDER: order_digest(batch)}
         batch = replace(batch, carried=carried)
         sums = method.train_step(wrapped, batch, optimizer, progress)
@@ -181,7 +188,16 @@ def _train_steps(
         hooks.on_step(position, reduced | {LOSS: sums["loss_sum"] / sums["rows"]})
         rows += batch.global_rows
         clock.mark(STEP)
-    return _speed_metrics(clock, rows, exchanges.seconds - exchanged)
+    clock.mark("wait")
+    return rows
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what dropout and the like draw from; torch.manual_seed also asks after devices that are
+    not there, and writes down who asked."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _epoch_metrics(method: Method, position: Position) -> dict[str, float]:
@@ -198,7 +214,8 @@ def _epoch_metrics(method: Method, position: Position) -> dict[str, float]:
 
 
 def _speed_metrics(clock: Clock, rows: int, exchanged: float) -> dict[str, float]:
-    """Speed of the steps that this process took in an epoch, over all ranks.
+    """Speed of the steps that this process took in an epoch, over all ranks, with what they
+    reported and saved.
 
     Args:
         clock: of these steps.
@@ -208,8 +225,11 @@ def _speed_metrics(clock: Clock, rows: int, exchanged: float) -> dict[str, float
     clock.settle()
     if not clock.steps:
         return {}
-    total = sum(clock.steps)
-    own = {f"speed/{name}_share": clock.seconds[mark] / total for name, mark in SHARES.items()}
+    total = sum(clock.seconds.values())
+    own = {
+        f"speed/{name}_share": sum(clock.seconds[mark] for mark in marks) / total
+        for name, marks in SHARES.items()
+    }
     own["speed/exchange_share"] += exchanged / total
     own |= peak_memory()
     ranks: list[dict[str, float]] = from_ranks(own)
@@ -219,7 +239,7 @@ def _speed_metrics(clock: Clock, rows: int, exchanged: float) -> dict[str, float
         "speed/step_p50_seconds": p50,
         "speed/step_p95_seconds": p95,
         **{
-            name: (max if name.startswith("memory/") else fmean)(rank[name] for rank in ranks)
+            name: (max if name.startswith(OF_THE_WORST) else fmean)(rank[name] for rank in ranks)
             for name in own
         },
     }

@@ -6,6 +6,7 @@ optimizer state are float32 (float64 with fp64).
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
@@ -29,11 +30,21 @@ def best_precision(device: torch.device, model: nn.Module) -> Precision:
     if device.type == "cuda":
         good = torch.cuda.get_device_capability(device) >= AMPERE
     else:
-        widths = (m.embed_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention))
-        good = torch.cpu._is_amx_tile_supported() and min(widths, default=math.inf) >= (
-            MIN_CPU_ATTENTION
-        )
+        narrowest = min(_attention_widths(model), default=math.inf)
+        good = torch.cpu._is_amx_tile_supported() and narrowest >= MIN_CPU_ATTENTION
     return "bf16" if good else "fp32"
+
+
+def _attention_widths(model: nn.Module) -> Iterator[int]:
+    """Of every layer of attention: torch's, and those of transformers, which have nothing in common
+    but a word in their names. The networks of transformers give their own width as well."""
+    for module in model.modules():
+        if "Attention" in type(module).__name__:
+            parts = module.children()
+            yield from (part.in_features for part in parts if isinstance(part, nn.Linear))
+        width = getattr(getattr(module, "config", None), "hidden_size", None)
+        if isinstance(width, int):
+            yield width
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

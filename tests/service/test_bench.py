@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.bench import limit, summary
+from service.bench import limit, summary, work
 from service.contest import TheEnd, Turns
 from tests.service.cli import SMALL, last_json, midas
 
@@ -51,6 +51,14 @@ def test_one_worker_and_a_cluster_have_no_scaling():
     assert "ray_over_bare" not in summary(found)
 
 
+def test_work_is_compared_with_gpus_that_are_known():
+    assert work(4 * 10**12, 2.0, None, 2) == {"model_tflops": 2.0}
+    known = work(989 * 10**12, 2.0, "NVIDIA H100 80GB HBM3", 2)
+    assert known["peak_share"] == pytest.approx(0.25)
+    part = "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+    assert work(10**12, 1.0, part, 1) == {"model_tflops": 1.0, "gpu": part}
+
+
 @pytest.mark.parametrize(
     ("values", "word"),
     [
@@ -94,10 +102,10 @@ def test_bench_of_a_small_set(tmp_path: Path):
         *("samples_per_second", "model_samples_per_second", "bare_samples_per_second"),
         *("rows_per_second", "midas_over_joint", "midas_over_joint_uni", "ray_over_bare"),
         *("scaling", "apart_scaling", "slowest_scaling", "first_step_seconds"),
-        *("step_p50_seconds", "memory/peak_mib"),
+        *("step_p50_seconds", "memory/peak_mib", "model_step_seconds", "model_tflops"),
     ):
         assert result[name] > 0
-    for share in ("data_wait", "exchange", "optimizer"):
+    for share in ("data_wait", "prepare", "exchange", "optimizer"):
         assert 0 <= result[f"{share}_share"] < 1
     assert result["workers"] == 2
     assert result["limit"]

@@ -7,12 +7,14 @@ import pytest
 from data.pipeline import ReadAhead
 from data.prepare import prepare
 from data.reader import ShardReader
+from service.capacity import store_share
 from service.config import FeedConfig, load_preset
 from service.feed import STEPS_MEASURED, FeedMeter, Node, choose, reader_rows_per_second
 
 GPU_NODE = Node(cpus=16, store_bytes=64 << 30, workers=1, cpus_per_worker=1)
 LAPTOP = Node(cpus=2, store_bytes=2 << 30, workers=2, cpus_per_worker=1)
 WINDOW = 256 << 20
+GIB = 1 << 30
 
 
 def ahead(
@@ -38,6 +40,27 @@ def ahead(
 def test_readers_follow_the_need_and_keep_to_cores_and_memory(reader, training, node, expected):
     """Half of the store, divided by the workers and the window, less the window in use."""
     assert ahead(reader, training, node) == expected
+
+
+@pytest.mark.parametrize(
+    ("shm", "memory", "expected"),
+    [  # GiB free in /dev/shm, of the machine, of the store
+        (4, 8, 1),  # a laptop
+        (23, 23, 4),
+        (64, 128, 16),
+        (8, 128, 6),  # of a container
+        (0.0625, 8, 0.25),
+    ],
+)
+def test_the_store_grows_with_the_machine_and_fits_its_shared_memory(shm, memory, expected):
+    found = store_share(int(shm * GIB), memory * GIB)
+    assert found == expected * GIB
+    assert found <= max(shm * GIB, GIB // 4)
+
+
+def test_a_large_machine_has_room_for_as_many_readers_as_it_has_cores():
+    node = Node(cpus=16, store_bytes=store_share(64 * GIB, 128 * GIB), workers=1, cpus_per_worker=1)
+    assert ahead(1500.0, 1e9, node) == ReadAhead(15, 16)
 
 
 def test_what_is_fixed_is_taken():

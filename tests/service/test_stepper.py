@@ -1,14 +1,20 @@
 """What takes the steps of a run: the precision it keeps, and what it compiles."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
+from data.folder import Folder
 from data.prepare import prepare
 from data.schema import Manifest
 from service.config import load_preset
+from service.engine import CUBLAS_WORKSPACE, State
+from service.launch import base_payload
 from service.stepper import Stepper
+from service.trial import _device
 
 CPU = torch.device("cpu")
 
@@ -48,6 +54,26 @@ def test_widened_state_is_double_and_has_no_half(manifest):
     assert found.precision == "fp64"
     states = [value for entry in found.optimizer.state.values() for value in entry.values()]
     assert {value.dtype for value in [*states, *found.method.parameters()]} == {torch.float64}
+
+
+def test_a_deterministic_process_tells_cublas_before_it_is_used(manifest, monkeypatch, tmp_path):
+    monkeypatch.setenv(CUBLAS_WORKSPACE[0], "")
+    monkeypatch.delenv(CUBLAS_WORKSPACE[0])
+    preset = load_preset("digits")
+    train = preset.train.model_copy(update={"deterministic": True})
+    settings = {"train": train, "name": "run", "storage": str(tmp_path)}
+    config = preset.model_copy(update=settings)
+    try:
+        State(base_payload(config, manifest, Folder.at(tmp_path)), CPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ[CUBLAS_WORKSPACE[0]] == ":4096:8"
+
+
+def test_the_gpu_of_a_trial_has_a_number():
+    """torch.cuda.set_device refuses one without."""
+    assert _get_device_index(_device({"on_gpu": True})) == 0
+    assert _device({"on_gpu": False}) == CPU
 
 
 def test_compile_concerns_the_encoders_alone(manifest):

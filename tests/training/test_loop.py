@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from time import sleep
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.training.toys import NUM_CLASSES, WIDTH, random_batch, tiny_method
 from training.batch import Batch, Progress
 from training.chain import Chain, StepRecord, order_digest, order_text
 from training.checkpoint import load, pack
-from training.loop import LOSS, ORDER, Hooks, Position, fit
+from training.loop import LOSS, ORDER, SHARES, Hooks, Position, _seed, fit
 from training.methods import Joint
 from training.methods.base import EpochData, Method, Resampling
 from training.model import MultimodalModel
@@ -181,6 +182,47 @@ def test_steps_report_position_sums_and_signals():
         assert float((losses * rows).sum() / rows.sum()) == pytest.approx(
             recorder.history[epoch]["train/loss"]
         )
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
+def test_steps_are_seeded_as_torch_seeds(seed):
+    torch.manual_seed(seed)
+    expected = torch.rand(5)
+    _seed(seed, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_every_epoch_logs_its_speed_and_where_its_time_went():
+    class Slow(Recorder):
+        """Takes as long to report a step as to save an epoch."""
+
+        def hooks(self) -> Hooks:
+            return replace(super().hooks(), on_trained=lambda position, validates: sleep(0.06))
+
+        def on_step(self, position: Position, signals: dict[str, Tensor]) -> None:
+            sleep(0.02)
+
+        def train_batches(self, *args) -> Iterator[Batch]:
+            for batch in super().train_batches(*args):
+                sleep(0.02)
+                yield batch
+
+    method, recorder = tiny_method("joint"), Slow()
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+    schedule = LambdaLR(optimizer, lambda epoch: 1.0)
+    limits = {"num_epochs": 2, "eval_every_epochs": 1}
+    fit(method, optimizer, schedule, recorder.hooks(), Position(), seed=0, **limits)
+    for metrics in recorder.history.values():
+        shares = {name: metrics[f"speed/{name}_share"] for name in SHARES}
+        assert all(0 <= share <= 1 for share in shares.values())
+        assert sum(shares.values()) <= 1 + 1e-9
+        assert 0.04 < metrics["speed/step_p50_seconds"] <= metrics["speed/step_p95_seconds"] < 60
+        seconds = sum(BATCH_ROWS) / metrics["speed/samples_per_second"]
+        assert 3 * 0.04 + 0.06 < seconds < 60
+        assert shares["wait"] * seconds >= 0.06
+        assert shares["report"] * seconds >= 0.12
+        assert 10 < metrics["memory/peak_mib"] < 2**20
+    assert shares["report"] > shares["wait"] > 0.15  # the first steps of a process take longer
 
 
 def test_scheduler_steps_once_an_epoch_after_the_steps():

@@ -123,6 +123,12 @@ def test_loss_scale_travels_with_the_state():
     assert second.loss_scale.factor == precision.INITIAL_SCALE / 2
 
 
+def test_loss_scale_is_where_the_parameters_are():
+    method = tiny_method("joint").to("meta")
+    method.use("fp16")
+    assert {buffer.device.type for buffer in method.buffers()} == {"meta"}
+
+
 def test_convolutions_learn_in_bfloat16():
     """A small network in its channels-last layout, against float32."""
     specs = [ModalitySpec("a", "image", (1, 12, 12)), ModalitySpec("b", "audio", (1, 12, 12))]

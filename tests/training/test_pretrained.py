@@ -13,6 +13,7 @@ from training.config import EncoderConfig, ModelConfig
 from training.encoders import build_encoder, build_model
 from training.modality import ModalitySpec
 from training.networks import Encoder
+from training.precision import best_precision
 
 WIDTH = 8
 SIZES: dict[str, Any] = {
@@ -68,6 +69,23 @@ def rows_of(spec: ModalitySpec, count: int = 3) -> Tensor:
     for row, text in enumerate(ids):
         text[12 - 3 * row :] = spec.pad
     return ids.int()
+
+
+def narrow_models() -> list[nn.Module]:
+    """Swin's first layers are narrower than what it is called by; GPT-2 has no linear layers."""
+    swin = transformers.SwinConfig(embed_dim=96, depths=[1, 1], num_heads=[3, 6])
+    gpt = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=30)
+    return [transformers.SwinModel(swin), transformers.GPT2Model(gpt)]
+
+
+def test_auto_precision_sees_their_attention(models, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    narrow = [build(models / name, spec) for name, spec in SPECS.items()] + narrow_models()
+    assert [best_precision(torch.device("cpu"), model) for model in narrow] == ["fp32"] * 7
+    wide = transformers.BertConfig(**WORDS | {"hidden_size": 192})
+    convolutions = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8])
+    for model in (transformers.BertModel(wide), transformers.ResNetModel(convolutions)):
+        assert best_precision(torch.device("cpu"), model) == "bf16"
 
 
 @pytest.mark.parametrize("name", ["bert", "electra", "roberta"])

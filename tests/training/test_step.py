@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.training.toys import START, random_batch, tiny_method
-from training.clock import STEP, Clock, percentiles
+from training.clock import STEP, Clock, gpu_utilization, percentiles
 from training.delayed import Delayed
+from training.distributed import exchanges, reduce_sums
 from training.methods import pairing
 from training.optim import OptimConfig, build_optimizer
 
@@ -90,6 +91,20 @@ def test_numbers_are_late_on_a_gpu_only_and_none_is_lost():
     assert late.put(torch.tensor([2.0])) == [1.0]
     assert late.flush() == [2.0]
     assert late.flush() is None
+
+
+def test_one_process_waits_for_nobody():
+    before = exchanges.seconds
+    reduce_sums({"rows": torch.ones(1_000_000)})
+    assert exchanges.seconds == before
+
+
+def test_a_gpu_that_cannot_be_watched_ends_nothing(monkeypatch):
+    """Here the library that torch asks is installed, and finds no driver."""
+    assert torch.cuda._HAS_PYNVML
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    percent = gpu_utilization()
+    assert percent is None or 0 <= percent <= 100
 
 
 def test_clock_gives_all_time_to_names_and_steps():

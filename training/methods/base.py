@@ -92,7 +92,8 @@ class Method(nn.Module):
     def use(self, precision: Precision) -> None:
         """Compute in this precision; to be called before the optimizer is made."""
         self.model.precision = precision
-        self.loss_scale = LossScale() if precision == "fp16" else None
+        device = next(self.parameters()).device
+        self.loss_scale = LossScale().to(device) if precision == "fp16" else None
         if precision == "fp64":
             self.double()
 
@@ -189,8 +190,7 @@ class Method(nn.Module):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         scale = self.loss_scale
         if scale is not None:
-            for grad in grads:
-                grad.div_(scale.factor)
+            torch._foreach_div_(grads, scale.factor)  # pyright: ignore[reportPrivateImportUsage]
         finite = torch.isfinite(nn.utils.get_total_norm(grads) + sums["loss_sum"])
         hopeless = ~finite
         if scale is not None:

@@ -58,7 +58,7 @@ def misaligned_loss(
 def share_step(conf_uni_M: Tensor, conf_multi_M: Tensor) -> Tensor:
     """Direction of the alpha update: sign(E[c~] - E[c^]) of the weak modality (items 4, 5)."""
     weak = conf_uni_M.argmin()
-    return torch.sign(conf_uni_M[weak] - conf_multi_M[weak])
+    return torch.sign(conf_uni_M.take(weak) - conf_multi_M.take(weak))
 
 
 def ratio_step(raw_uni_M: Tensor, raw_multi_SM: Tensor, kinetics: bool) -> Tensor:
@@ -91,7 +91,7 @@ def next_alpha(
     `flip` says what the others hold: `reset` 1, `keep` their value; `carry` is the authors' single
     number, the largest entry, which moves to whichever modality is weak now.
     """
-    start = alpha_M.max() if flip == "carry" else alpha_M[weak]
+    start = alpha_M.max() if flip == "carry" else alpha_M.take(weak)
     moved = (start + eta * step).clamp(min=1.0, max=cap)
     others_M = alpha_M if flip == "keep" else torch.ones_like(alpha_M)
     return torch.where(_one_hot(weak, alpha_M), moved, others_M)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from training.batch import Batch, Progress
 from training.config import Orders, Pairing
+from training.delayed import sent
 from training.distributed import gather_rows, rank, reduce_sums, row_counts, world_size
 
 UNPAIRED = -1
@@ -121,7 +122,7 @@ def draw_uniforms(
         torch.rand(size, width, generator=progress.generator("pair", group), dtype=torch.float64)
         for group, size in enumerate(sizes, start=UNPAIRED)
     ]
-    uniform = torch.cat(parts).to(group_G.device, non_blocking=True)
+    uniform = sent(torch.cat(parts), group_G.device)
     return torch.empty_like(uniform).index_copy_(0, group_G.argsort(stable=True), uniform)
 
 
