@@ -6,10 +6,10 @@ line.
 
 A tree in the data set's layout is made and prepared. `cremad`, with the released recipe: 3 frames
 of 224 pixels of 9 candidates, and a filter bank of 1024 x 128; two ResNet-18. `food101`: pictures
-cut to 224 pixels and 128 tokens, 101 classes; a ResNet-18, and an ELECTRA of the size of the
-preset's (or of --text-layers, --text-width) with weights from the seed. The contenders of `midas
-bench` take turns, and with --released, for cremad, the training step of the authors' code as well,
-with 16 rows (see released.py). The names are explained in service/bench.py.
+cut to 224 pixels and 128 tokens, 101 classes (with as many clips); a ResNet-18, and an ELECTRA of
+the size of the preset's (or of --text-layers, --text-width) with weights from the seed. The
+contenders of `midas bench` take turns, and with --released, for cremad, the training step of the
+authors' code as well, with 16 rows (see released.py). The names are explained in service/bench.py.
 """
 
 import argparse
