@@ -109,7 +109,6 @@ def _points(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, floa
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_a_store_moves_to_postgresql_with_all_that_is_in_it(
     postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
