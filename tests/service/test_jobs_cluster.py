@@ -24,7 +24,7 @@ from tests.service.test_tracking import wait_until_up
 
 pytestmark = pytest.mark.ray
 
-EPOCHS = 30
+EPOCHS = 100  # longer than a command takes to start on a fast machine
 TRAIN = ["train", "digits", *SMALL, "--optim.epochs", str(EPOCHS)]
 # Several commands in one process: what takes the time of a command is its start.
 MANY = """
