@@ -1,6 +1,7 @@
 """One thread, Ray's environment as the command sets it, and where the shared real data may be."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from service.environment import configure_ray
 
 configure_ray()
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests press Ctrl-C
 
 
 @pytest.fixture(scope="session")
