@@ -286,9 +286,12 @@ def sync(uri: str, folder: Path) -> tuple[int, int]:
 
 
 def _is_there(uri: str, outbox: Outbox) -> bool:
+    """Whether a store has the run that was made for this folder."""
     state = outbox.state()
+    if not (state.get("run_id") and state.get("key")):
+        return False
     try:
-        return bool(state.get("run_id")) and sending.has_run(uri, state["run_id"], state["key"])
+        return sending.has_run(uri, state["run_id"], state["key"])
     except Exception as error:  # whatever MLflow, its HTTP client or its database raises
         logger.warning("MLflow at %s does not answer: %s", redact(uri), redact(str(error)))
         return False
