@@ -70,8 +70,7 @@ class Stepper:
         self.method.micro_batches = config.train.micro_batches
         self.method.clock = Clock(device)
         if config.train.compile:
-            for encoder in self.method.model.encoders.children():
-                encoder.body.compile()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            self.method.model.compile_encoders()
         self.optimizer = build_optimizer(config.optim, self.method)
         self.schedule = build_schedule(config.optim, self.optimizer, config.warmup_epochs)
         groups = self.optimizer.param_groups

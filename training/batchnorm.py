@@ -11,26 +11,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from training.distributed import gather_rows, reduce_sums, world_size
+from training.distributed import PendingSums, PendingTable, exchanges, world_size
+from training.turns import pause
 
 
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm by the statistics of all ranks' rows, on any device; alone it is torch's BatchNorm.
 
     Ranks may have different numbers of rows, also none. Costs one exchange of 2C + 1 numbers in
-    the forward pass and one of 2C in the backward pass.
+    the forward pass and one of 2C in the backward pass; among calls that take turns (`in_turns`)
+    both travel while another call's layers compute, in the backward pass too.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, ...) to the same shape, normalised by the statistics of all ranks' rows."""
         if not self.training or world_size() == 1:
             return super().forward(input)
-        mean_C, var_C, count = _global_statistics(input)
+        arrival = _Arrival()
+        input = _Arrive.apply(input, arrival)
+        statistics = PendingTable(_own_statistics(input))
+        pause()
+        mean_C, var_C, count = _pooled(statistics.wait())
         if self.track_running_stats:
             self._track(mean_C, var_C * (count / (count - 1).clamp_min(1)))
         weight = torch.ones_like(mean_C) if self.weight is None else self.weight
         bias = torch.zeros_like(mean_C) if self.bias is None else self.bias
-        return _Normalise.apply(input, weight, bias, mean_C, var_C, count, self.eps)
+        return _Normalise.apply(input, weight, bias, mean_C, var_C, count, self.eps, arrival)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any input with channels is taken."""
@@ -57,21 +63,63 @@ def synchronise(module: nn.Module) -> None:
             synchronise(child)
 
 
-def _global_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,) and biased variance (C,) over all ranks' elements, and N, (), all float64."""
+def _own_statistics(input: Tensor) -> Tensor:
+    """Mean, biased variance and number of this rank's elements per channel, (2C + 1,) float64."""
     own = torch.zeros(2 * input.shape[1] + 1, dtype=torch.float64, device=input.device)
-    if input.numel():
-        # Much faster than var_mean on CPUs; it answers in the type of what it tracks.
-        tracked = input.new_zeros(2, input.shape[1], dtype=_wide(input))
-        mean_C, var_C = torch.ops.aten.batch_norm_update_stats(input.detach(), *tracked, 0.0)
-        count = own.new_full((1,), input.numel() // input.shape[1])
-        own = torch.cat([mean_C.double(), var_C.double(), count])
-    table = gather_rows(own[None], [1] * world_size())
-    mean_WC, var_WC, count_W1 = table.split([input.shape[1], input.shape[1], 1], dim=1)
+    if not input.numel():
+        return own
+    # Much faster than var_mean on CPUs; it answers in the type of what it tracks.
+    tracked = input.new_zeros(2, input.shape[1], dtype=_wide(input))
+    mean_C, var_C = torch.ops.aten.batch_norm_update_stats(input.detach(), *tracked, 0.0)
+    count = own.new_full((1,), input.numel() // input.shape[1])
+    return torch.cat([mean_C.double(), var_C.double(), count])
+
+
+def _pooled(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,) and biased variance (C,) over all ranks' elements, and N, (), from what every rank
+    has found, (W, 2C + 1)."""
+    num_channels = table.shape[1] // 2
+    mean_WC, var_WC, count_W1 = table.split([num_channels, num_channels, 1], dim=1)
     count = count_W1.sum()
     mean_C = (mean_WC * count_W1).sum(dim=0) / count
     var_C = ((var_WC + (mean_WC - mean_C).square()) * count_W1).sum(dim=0) / count
     return mean_C, var_C, count
+
+
+class _Arrival:
+    """What `_Normalise` leaves to `_Arrive` in a backward pass."""
+
+    sums: PendingSums
+    saved: tuple[Tensor, ...]
+
+
+class _Arrive(torch.autograd.Function):
+    """The identity. Its backward pass is the second half of that of `_Normalise`, so that between
+    them, while sums travel, the backward pass of another encoder can go on."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, arrival: _Arrival) -> Tensor:
+        ctx.arrival = arrival
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        """Gradient of the input from that of the output, which `_Normalise` hands through."""
+        arrival: _Arrival = ctx.arrival
+        input, mean_C, weight_C, invstd_C, count = arrival.saved
+        with exchanges.counted(input.device):
+            sums = arrival.sums.wait()
+        del arrival.saved, arrival.sums
+        slope_C = -sums["dot"] * invstd_C / count
+        shift_C = -sums["plain"] / count - slope_C * mean_C
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        slope, shift, scale = (
+            value.to(input.dtype).reshape(shape)
+            for value in (slope_C, shift_C * weight_C * invstd_C, weight_C * invstd_C)
+        )
+        grad = torch.addcmul(grads[0], input, slope)
+        torch.addcmul(shift, grad, scale, out=grad)
+        return grad, None
 
 
 class _Normalise(torch.autograd.Function):
@@ -92,10 +140,11 @@ class _Normalise(torch.autograd.Function):
         var_C: Tensor,
         count: Tensor,
         eps: float,
+        arrival: _Arrival,
     ) -> Tensor:
         fixed = [value.to(_wide(input)) for value in (mean_C, var_C, weight, bias)]
         ctx.save_for_backward(input, *fixed[:3])
-        ctx.count, ctx.eps = count, eps
+        ctx.count, ctx.eps, ctx.arrival = count, eps, arrival
         return functional.batch_norm(input, *fixed, training=False, eps=eps)
 
     @staticmethod
@@ -108,18 +157,11 @@ class _Normalise(torch.autograd.Function):
             _, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
                 *(grads[0], input, weight_C, *read, False, ctx.eps), [False, True, True]
             )
-        sums = reduce_sums({"dot": grad_weight_C, "plain": grad_bias_C})
-        invstd_C = (var_C.double() + ctx.eps).rsqrt()
-        slope_C = -sums["dot"] * invstd_C / ctx.count
-        shift_C = -sums["plain"] / ctx.count - slope_C * mean_C
-        shape = [1, -1, *[1] * (input.dim() - 2)]
-        slope, shift, scale = (
-            value.to(input.dtype).reshape(shape)
-            for value in (slope_C, shift_C * weight_C * invstd_C, weight_C * invstd_C)
-        )
-        grad = torch.addcmul(grads[0], input, slope)
-        torch.addcmul(shift, grad, scale, out=grad)
-        return grad, grad_weight_C, grad_bias_C, None, None, None, None
+        if ctx.needs_input_grad[0]:
+            ctx.arrival.sums = PendingSums({"dot": grad_weight_C, "plain": grad_bias_C})
+            invstd_C = (var_C.double() + ctx.eps).rsqrt()
+            ctx.arrival.saved = (input, mean_C, weight_C, invstd_C, ctx.count)
+        return grads[0], grad_weight_C, grad_bias_C, None, None, None, None, None
 
 
 def _wide(input: Tensor) -> torch.dtype:

@@ -74,6 +74,26 @@ class PendingSums:
         }
 
 
+class PendingTable:
+    """Rows on their way through an all-gather that goes on beside other work.
+
+    Args:
+        row: (N,), of the same length and dtype on every rank.
+    """
+
+    def __init__(self, row: Tensor):
+        self._device = row.device
+        self._rows = [torch.empty_like(row) for _ in range(world_size())]
+        self._work = dist.all_gather(self._rows, row, async_op=True)
+
+    def wait(self) -> Tensor:
+        """(W, N), a row for each rank, in rank order."""
+        assert self._work is not None
+        with exchanges.counted(self._device):
+            self._work.wait()
+        return torch.stack(self._rows)
+
+
 def reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add tensors over ranks in a single fp64 all-reduce; see `PendingSums`."""
     if not sums:

@@ -3,10 +3,14 @@
 Shapes: B rows, D_m features of modality m, C classes.
 """
 
+import warnings
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from training.precision import Precision, autocast
+from training.turns import in_turns
 
 
 class MultimodalModel(nn.Module):
@@ -29,12 +33,22 @@ class MultimodalModel(nn.Module):
         self.modalities = tuple(encoders)
         self.num_classes = num_classes
         self.precision: Precision = "fp32"
+        self._compiled = False
         self.encoders = nn.ModuleDict(encoders)
         widths = {name: int(encoder.out_features) for name, encoder in encoders.items()}  # pyright: ignore[reportArgumentType]
         self.heads = nn.ModuleDict(
             {name: _head(width, num_classes, head_hidden) for name, width in widths.items()}
         )
         self.fusion = _head(sum(widths.values()), num_classes, head_hidden)
+
+    def compile_encoders(self) -> None:
+        """Compile the networks inside encoders (torch.compile) when they are first called. They no
+        longer take turns: torch's compiler would follow every switch and compile its caller."""
+        # It leaves the clock of exchanges to Python, as it should.
+        warnings.filterwarnings("ignore", message="Dynamo does not know how to trace the builtin")
+        for encoder in self.encoders.children():
+            encoder.body.compile()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        self._compiled = True
 
     def encode(self, inputs: dict[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
         """modality -> (B, ...) inputs to modality -> (B, D_m) features.
@@ -46,8 +60,12 @@ class MultimodalModel(nn.Module):
         """
         weight = next(self.parameters())
         with autocast(self.precision, weight.device):
-            encoded = {name: self.encoders[name](inputs[name]) for name in self.modalities}
-        features = {name: value.to(weight.dtype) for name, value in encoded.items()}
+            calls = [partial(self.encoders[name], inputs[name]) for name in self.modalities]
+            encoded = [call() for call in calls] if self._compiled else in_turns(calls)
+        features = {
+            name: value.to(weight.dtype)
+            for name, value in zip(self.modalities, encoded, strict=True)
+        }
         if present is None:
             return features
         return {

@@ -227,11 +227,46 @@ def collectives(**config) -> list[str]:
     return called
 
 
+def travels() -> list[str]:
+    """Starts and ends of the collectives of one step in encoders with BatchNorm, without those of
+    DDP."""
+    events = []
+    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    class Travel:
+        def __init__(self, work: dist.Work):
+            self._work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self._work.wait()
+
+    def recorded(name: str):
+        def call(*args, **kwargs):
+            events.append(name)
+            work = plain[name](*args, **kwargs)
+            return work if work is None else Travel(work)
+
+        return call
+
+    method = tiny_method("joint", num_modalities=3, batchnorm=True)
+    # Its BatchNorm has no use for the gradient of its input.
+    method.model.encoders["m2"].get_submodule("0").requires_grad_(False)
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+    for name in plain:
+        setattr(dist, name, recorded(name))
+    method.train_step(method, own_part(random_batch(0, 12, 3)), optimizer, START)
+    for name, function in plain.items():
+        setattr(dist, name, function)
+    return events
+
+
 def run_cases() -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {name: train(**case) for name, case in CASES.items()}
     results["vector_c"] = {labels: vector_c(labels) for labels in ((0, 1, 2, 1), (0, 0, 2, 1))}
     results["collectives"] = {n: collectives(pair_groups=n) for n in (1, 2)}
+    results["travels"] = travels()
     results["compressed"] = compressed()
     results["batchnorm"] = {dtype: batchnorm(dtype) for dtype in (torch.float32, torch.float64)}
     return results | {"gather": gather_gradient()}

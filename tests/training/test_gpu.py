@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.training.toys import START, random_batch, tiny_method
 from training.batch import Batch
-from training.batchnorm import _global_statistics, _Normalise
+from training.batchnorm import _Arrival, _Arrive, _Normalise, _own_statistics, _pooled
 from training.chain import order_digest
 from training.clock import Clock
 from training.delayed import Delayed
@@ -90,7 +90,9 @@ def test_batchnorm_of_many_ranks_is_the_same_on_the_device(layout, dtype):
         own = images.to(device, as_type, memory_format=layout).requires_grad_()
         weight = torch.linspace(0.5, 2, 4, device=device, dtype=_weights(as_type)).requires_grad_()
         bias = torch.zeros_like(weight).requires_grad_()
-        output = _Normalise.apply(own, weight, bias, *_global_statistics(own), 1e-5)
+        arrival = _Arrival()
+        found = _pooled(_own_statistics(own)[None])
+        output = _Normalise.apply(_Arrive.apply(own, arrival), weight, bias, *found, 1e-5, arrival)
         assert isinstance(output, Tensor)
         (output * slopes.to(device, as_type)).sum().backward()
         found = (output, own.grad, weight.grad, bias.grad)

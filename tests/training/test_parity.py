@@ -104,6 +104,16 @@ def test_batchnorm_sees_the_global_batch(dtype, atol, one, two):
             torch.testing.assert_close(value, want, atol=atol, rtol=0)
 
 
+def test_statistics_of_one_encoder_travel_while_the_other_computes(one, two):
+    """Three encoders, of which one needs no exchange in the backward pass; the loss's sums travel
+    beside all of that."""
+    assert one["travels"] == []
+    forward = ["all_gather"] * 3 + ["wait"] * 3
+    backward = ["all_reduce", "all_reduce", "wait", "wait"]
+    for ranks in two:
+        assert ranks["travels"] == [*forward, "all_reduce", *backward, "wait"]
+
+
 def test_few_collectives_in_a_step(one, two):
     """Counts, labels, features and their gradient, sums; or valid pairs and sums."""
     assert one["collectives"] == {1: [], 2: []}
