@@ -47,10 +47,7 @@ def main() -> int:
     for package in packages:
         for found in package.get("vulns", []):
             known = {found["id"], *found["aliases"]} & set(reviewed)
-            fixed, told = (
-                ", ".join(found["fix_versions"]),
-                f"{package['name']} {package['version']}",
-            )
+            fixed = ", ".join(found["fix_versions"])
             verdict = f"reviewed: {reviewed[known.pop()]}" if known else "take it" * bool(fixed)
             to_take += verdict == "take it"
             told = f"{package['name']} {package['version']}: {found['id']}"

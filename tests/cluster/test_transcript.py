@@ -138,13 +138,15 @@ def test_stopped_it_is_killed_and_the_same_command_ends_it(
 
 
 def test_a_sweep_is_a_job_with_its_trials_inside(transcript: list[Step], topology: Topology):
-    assert step(transcript, "submit", "tune digits").states["sweep"] == "FINISHED"
+    done = step(transcript, "submit", "tune digits")
+    assert done.states["sweep"] == "FINISHED"
     with topology.mlflow() as client:
         experiments = [found.experiment_id for found in client.search_experiments()]
         [sweep] = client.search_runs(experiments, "attributes.`Run Name` = 'sweep'")
         trials = client.search_runs(
             experiments, f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'"
         )
+    assert f"{topology.environment[TRACKING]}/#/runs/{sweep.info.run_id}" in done.said
     assert len(trials) == 2
     assert [trial.data.tags.get("best") for trial in trials].count("true") == 1
     assert (topology.runs / "sweep" / "best.yaml").is_file()

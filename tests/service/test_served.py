@@ -140,7 +140,8 @@ def test_a_model_answers_as_the_method_that_was_saved(precision: str, tmp_path: 
     }
     present = np.ones((70, 2), bool)
     present[::3, 1] = False
-    said = Served(files, "the model", "cpu")(rows, present)
+    served = Served(files, "the model", "cpu")
+    said = served(rows, present)
     method = stepper.method.eval()
     inputs = {name: torch.from_numpy(value) for name, value in rows.items()}
     with torch.no_grad():
@@ -150,6 +151,9 @@ def test_a_model_answers_as_the_method_that_was_saved(precision: str, tmp_path: 
         said.probability_BC, expected, atol=1e-2 if precision == "bf16" else 1e-6
     )
     np.testing.assert_array_equal(said.present_BM, present)
+    nothing = served({name: value[:0] for name, value in rows.items()}, present[:0])
+    assert nothing.probability_BC.shape == (0, 3)
+    assert nothing.predicted_B.shape == (0,)
 
 
 @pytest.mark.parametrize("method", [JointUni, Unimodal])
