@@ -121,10 +121,11 @@ class Served:
     @torch.no_grad()
     def __call__(self, rows: Mapping[str, np.ndarray], present_BM: np.ndarray) -> Answers:
         """Predict rows as the reader delivers them, a chunk of CHUNK at a time."""
-        count = len(present_BM)
+        if not len(present_BM):  # networks of transformers fail without a row
+            return self._of_none(rows, present_BM)
         parts = [
             self._chunk({n: v[i : i + CHUNK] for n, v in rows.items()}, present_BM[i : i + CHUNK])
-            for i in range(0, max(1, count), CHUNK)  # no rows are a chunk of none
+            for i in range(0, len(present_BM), CHUNK)
         ]
         fused, own = (torch.cat(values) for values in zip(*parts, strict=True))
         probability_BC, own_BMC = (wide(z).softmax(dim=-1).float().numpy() for z in (fused, own))
@@ -133,6 +134,17 @@ class Served:
             fused.argmax(dim=1).numpy(),
             own_BMC.transpose(1, 0, 2),
             own.argmax(dim=2).numpy(),
+            present_BM,
+        )
+
+    def _of_none(self, rows: Mapping[str, np.ndarray], present_BM: np.ndarray) -> Answers:
+        one = {name: np.zeros((1, *value.shape[1:]), value.dtype) for name, value in rows.items()}
+        answers = self(one, np.ones((1, present_BM.shape[1]), bool))
+        return Answers(
+            answers.probability_BC[:0],
+            answers.predicted_B[:0],
+            answers.modality_MBC[:, :0],
+            answers.modality_predicted_BM[:0],
             present_BM,
         )
 
