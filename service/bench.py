@@ -244,6 +244,12 @@ def limit(report: Mapping[str, Any], workers: int) -> str:
             "larger batches, model.batchnorm=local, midas.pair_groups and "
             "train.gradient_compression lower it"
         )
+    for share, name, remedy in (
+        ("prepare_share", "augmentation", "store smaller pictures"),
+        ("optimizer_share", "the optimizer", "take larger batches"),
+    ):
+        if report[share] > 3 * NOTABLE:
+            return f"{name}: {report[share]:.0%} of the time; {remedy}, or give workers more cores"
     return (
         f"the model: the reader could feed {reader / trained:,.1f} times as much; faster "
         "processors, train.precision or train.compile would raise it"

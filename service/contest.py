@@ -74,7 +74,9 @@ def steady(config: RunConfig) -> RunConfig:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system; workers keep it otherwise, see service/environment.py."""
+    """Return freed memory to the system and to the GPU; workers keep it otherwise, see
+    service/environment.py."""
+    torch.cuda.empty_cache()  # nothing, where none was used
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from data.schema import Manifest, Split
+from service.capacity import num_cores
 from service.config import RunConfig
 from service.faults import Faults
-from service.feed import Feed
+from service.feed import Feed, local_workers
 from service.files import ATTEMPT_NAME, VALIDATION_PHASE
 from service.keeper import Keeper
 from service.reporting import Reporter
@@ -63,6 +64,20 @@ class Host:
     ) -> contextlib.AbstractContextManager[None]:
         """For a body without steps: it may be left in its middle if `may_leave` says so."""
         return contextlib.nullcontext()
+
+
+def idle_cores(device: torch.device, cores: int) -> str | None:
+    """Advice, if the workers of this node leave most of its cores alone that could train; None if
+    not."""
+    workers, threads = local_workers(), torch.get_num_threads()
+    each = cores // workers
+    if device.type != "cpu" or each <= 2 * threads:
+        return None
+    left = cores - workers * (each - 1)
+    return (
+        f"this node has {cores} cores, its workers train on {workers * threads}; "
+        f"scaling.cpus_per_worker={each - 1} gives them more and leaves {left} to readers"
+    )
 
 
 class State(Stepper):
@@ -206,9 +221,10 @@ class Training:
         if rank() == 0:
             order = make_order(state.config, state.manifest)
             self._reporter = Reporter(state.config, order, self._folder, self._tracking)
-            threads = state.config.scaling.cpus_per_worker
-            where = f"on {state.device.type}, threads each: {threads}"
+            where = f"on {state.device.type}, threads each: {torch.get_num_threads()}"
             self._reporter.note(f"workers: {world_size()} {where}, {state.precision}")
+            if hint := idle_cores(state.device, num_cores()):
+                self._reporter.note(hint)
         self._faults.resumed(position.steps_done)
         hooks = Hooks(
             wrap=state.wrap,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -103,7 +104,8 @@ class _Arrive(torch.autograd.Function):
         return input.view_as(input)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradient of the input from that of the output, which `_Normalise` hands through."""
         arrival: _Arrival = ctx.arrival
         input, mean_C, weight_C, invstd_C, count = arrival.saved
@@ -148,7 +150,8 @@ class _Normalise(torch.autograd.Function):
         return functional.batch_norm(input, *fixed, training=False, eps=eps)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         input, mean_C, var_C, weight_C = ctx.saved_tensors
         grad_weight_C, grad_bias_C = mean_C.new_zeros(2, len(mean_C))
         if input.numel():  # torch's kernel divides by the number of rows
@@ -160,7 +163,8 @@ class _Normalise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.arrival.sums = PendingSums({"dot": grad_weight_C, "plain": grad_bias_C})
             invstd_C = (var_C.double() + ctx.eps).rsqrt()
-            ctx.arrival.saved = (input, mean_C, weight_C, invstd_C, ctx.count)
+            # Detached, or it would hold what holds it until its other half has run.
+            ctx.arrival.saved = (input.detach(), mean_C, weight_C, invstd_C, ctx.count)
         return grads[0], grad_weight_C, grad_bias_C, None, None, None, None, None
 
 

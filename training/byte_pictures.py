@@ -35,6 +35,7 @@ def shaped(
     """
     import cv2  # a fifth of a second that only pictures need
 
+    cv2.setNumThreads(torch.get_num_threads())  # else one for every core of the machine
     num_groups, num_frames, channels = bytes_NFCXY.shape[:3]
     result = torch.empty(num_groups, num_frames, *size, channels)
     for group, (rows, out) in enumerate(zip(bytes_NFCXY.numpy(), result.numpy(), strict=True)):

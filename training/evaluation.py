@@ -130,12 +130,20 @@ def local_sums(
         moved = _move(batch, device)
         features = method.model.encode(moved.inputs, moved.present)
         present_BM = _present(moved, num_modalities)
-        predictions = method.predict(features)
+        permutation = _permutation(len(moved.label), seed, chunk, device)
+        sources, distinct = misaligned_sources(
+            moved.label, num_modalities, num_classes, permutation
+        )
+        mixed = {name: value[sources[:, m]] for m, (name, value) in enumerate(features.items())}
+        subsets = [keep_only(features, subset) for subset in kept]
+        predictions, of_mixed, *of_subsets = _predict_together(method, [features, mixed, *subsets])
+        counted = distinct & present_BM.gather(0, sources).all(1)
+        fused = {subset: found["fused"] for subset, found in zip(kept, of_subsets, strict=True)}
         parts = {
             **_coverage_sums(moved),
             **_aligned_sums(predictions, moved.label, present_BM, method.model.modalities),
-            **_subset_sums(method, features, moved.label, present_BM, kept),
-            **_misaligned_sums(method, features, moved.label, present_BM, seed, chunk),
+            **_subset_sums(fused, moved.label, present_BM, method.model.modalities),
+            **_misaligned_sums(of_mixed["fused"], moved.label[sources], counted),
         }
         for name, total in sums.items():
             total += parts[name]
@@ -311,49 +319,45 @@ def _aligned_sums(
     }
 
 
+def _predict_together(method: Method, variants: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """`method.predict` of V variants of the features of B rows, in one pass of V x B rows."""
+    names, count = method.model.modalities, len(next(iter(variants[0].values())))
+    together = {name: torch.cat([variant[name] for variant in variants]) for name in names}
+    parts = {name: value.split(count) for name, value in method.predict(together).items()}
+    return [{name: part[place] for name, part in parts.items()} for place in range(len(variants))]
+
+
 def _subset_sums(
-    method: Method,
-    features: dict[str, Tensor],
-    label: Tensor,
-    present_BM: Tensor,
-    kept: list[Subset],
+    fused: dict[Subset, Tensor], label: Tensor, present_BM: Tensor, modalities: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """Rows that the fused prediction gets right from each subset's features alone, (S,), and from
     each modality's alone where it is present, (M,)."""
-    hits = {
-        subset: _correct(method.predict(keep_only(features, subset))["fused"], label)
-        for subset in kept
-    }
-    alone_BM = torch.stack([hits[(name,)] for name in features], dim=1)
+    hits = {subset: _correct(logits, label) for subset, logits in fused.items()}
+    alone_BM = torch.stack([hits[(name,)] for name in modalities], dim=1)
     return {
         "subset_correct": torch.stack([hits_B.sum() for hits_B in hits.values()]),
         "zero_out_correct": (alone_BM & present_BM).sum(0),
     }
 
 
-def _misaligned_sums(
-    method: Method,
-    features: dict[str, Tensor],
-    label: Tensor,
-    present_BM: Tensor,
-    seed: int,
-    chunk: int,
-) -> dict[str, Tensor]:
-    names, num_classes = method.model.modalities, method.model.num_classes
-    progress = Progress(seed=seed, epoch=0, step=chunk, num_epochs=0)
-    generator = progress.generator("misaligned evaluation")
-    permutation = sent(torch.randperm(len(label), generator=generator), label.device)
-    sources, counts = misaligned_sources(label, len(names), num_classes, permutation)
-    counts = counts & present_BM.gather(0, sources).all(1)
-    mixed = {name: features[name][sources[:, m]] for m, name in enumerate(names)}
-    fused = method.predict(mixed)["fused"].double()
-    labels = label[sources]
-    hits = _top_classes_are(fused, _label_sets(labels, num_classes))
-    confidence = fused.softmax(1).gather(1, labels)
+def _permutation(count: int, seed: int, chunk: int, device: torch.device | str) -> Tensor:
+    """(B,) order of the rows of a chunk in which misaligned samples are put together."""
+    generator = Progress(seed=seed, epoch=0, step=chunk, num_epochs=0).generator(
+        "misaligned evaluation"
+    )
+    return sent(torch.randperm(count, generator=generator), torch.device(device))
+
+
+def _misaligned_sums(logits: Tensor, label_BM: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """What the fused prediction says of mixed samples, those that are `counted`, (B,) bool, whose
+    modalities have these labels."""
+    fused = logits.double()
+    hits = _top_classes_are(fused, _label_sets(label_BM, fused.shape[1]))
+    confidence = fused.softmax(1).gather(1, label_BM)
     return {
-        "misaligned_rows": counts.sum(),
-        "misaligned_hits": (hits & counts).sum(),
-        "misaligned_confidence": (confidence * counts[:, None]).sum(0),
+        "misaligned_rows": counted.sum(),
+        "misaligned_hits": (hits & counted).sum(),
+        "misaligned_confidence": (confidence * counted[:, None]).sum(0),
     }
 
 

@@ -151,6 +151,7 @@ def fit(
         began = time.monotonic()
         if validates:
             metrics |= hooks.validate()
+            metrics["time/validate_seconds"] = time.monotonic() - began
         metrics["time/epoch_seconds"] = position.seconds + time.monotonic() - began
         hooks.on_epoch(epoch, metrics)
         position = Position(epoch + 1, steps_done=position.steps_done)

@@ -1,5 +1,6 @@
 """Calls that take turns in one thread, so that one computes while another's numbers travel."""
 
+import contextlib
 import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -36,8 +37,8 @@ def in_turns(calls: Sequence[Callable[[], T]]) -> list[T]:
                     if turn.dead:
                         results[place] = value
     finally:
-        for turn in turns:
-            if not turn.dead:
+        for turn in (turn for turn in turns if not turn.dead):
+            with contextlib.suppress(Exception):  # what made the others fail matters more
                 turn.throw()
     return [results[place] for place in range(len(turns))]
 

@@ -13,8 +13,9 @@ the start of the process, of when these were seen (polled 100 times a second):
 - `tested`: the test result is recorded;
 - `end`: the process is gone.
 
-`help` is `midas --help`. With --epochs 30, `cold/end` is the whole command of the quick start. A
-second checkout may take turns; its numbers begin with `other/`.
+`report_share` is the share of the steps' time that reporting and checkpointing took, as the run
+itself says, over all its epochs. `help` is `midas --help`. With --epochs 30, `cold/end` is the
+whole command of the quick start. A second checkout may take turns; its numbers begin with `other/`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from operator import mul
 from pathlib import Path
 from statistics import median
 
@@ -84,9 +86,12 @@ def train(tree: Path, storage: Path, name: str, epochs: int) -> Seconds:
     flags = ["--optim.epochs", str(epochs)]
     if epochs < 10:
         flags += ["--midas.warmup-epochs", "1"]
-    return seconds_of(
-        ["train", "digits", "--storage", str(storage), "--name", name, *flags], tree, events
-    )
+    command = ["train", "digits", "--storage", str(storage), "--name", name, *flags]
+    times = seconds_of(command, tree, events)
+    rows = read_history(folder / HISTORY_NAME)
+    weights = [1 / row["speed/samples_per_second"] for row in rows]
+    shares = [row["speed/report_share"] for row in rows]
+    return times | {"report_share": sum(map(mul, weights, shares)) / sum(weights)}
 
 
 def measure(tree: Path, epochs: int) -> Seconds:
@@ -117,7 +122,7 @@ def main() -> None:
                 "bench": "startup",
                 "machine": machine(threads=1),
                 "config": {"rounds": args.rounds, "epochs": args.epochs},
-                **{name: round(median(values), 2) for name, values in found.items()},
+                **{name: round(median(values), 4) for name, values in found.items()},
             }
         )
     )

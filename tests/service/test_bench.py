@@ -66,6 +66,8 @@ def test_work_is_compared_with_gpus_that_are_known():
         ({"data_wait_share": 0.2}, "reading"),
         ({"rows_per_second": 250.0}, "reading"),
         ({"exchange_share": 0.3}, "exchange"),
+        ({"prepare_share": 0.2}, "augmentation"),
+        ({"optimizer_share": 0.2}, "the optimizer"),
     ],
 )
 def test_limit_names_the_slowest_part(values, word):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.schema import load_manifest
@@ -46,6 +47,13 @@ def test_run_folder_is_complete(trained: dict, storage: Path):
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in history] == [0, 1, 2, 3]
     assert [row["main_phase"] for row in history] == [0, 1, 1, 1]
+    for row in history:
+        shares = ("wait", "prepare", "exchange", "optimizer", "report")
+        assert all(0 <= row[f"speed/{name}_share"] < 1 for name in shares)
+        seconds = ("speed/step_p50_seconds", "speed/step_p95_seconds", "time/epoch_seconds")
+        for name in ("speed/samples_per_second", *seconds, "memory/peak_mib"):
+            assert row[name] > 0
+        assert 0 < row["time/validate_seconds"] < row["time/epoch_seconds"]
     best = max(history[1:], key=lambda row: row["val/accuracy"])
     assert trained["val/accuracy"] == pytest.approx(best["val/accuracy"], abs=1e-5)
 
@@ -202,3 +210,22 @@ def test_compiled_encoders_compute_the_same(trained: dict, storage: Path):
     for plain, other in zip(*rows, strict=True):
         assert other["train/loss"] == pytest.approx(plain["train/loss"], rel=0.02)
     assert compiled["test/accuracy"] == pytest.approx(trained["test/accuracy"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_bf16_learns_what_fp32_learns(storage: Path):
+    """Over three seeds: loss curves, and the test accuracy within its noise."""
+    curves, accuracy, spread = {}, {}, {}
+    for precision in ("fp32", "bf16"):
+        command = ("compare", "digits", "--methods", "midas", "--seeds", "0", "1", "2")
+        flags = ("--train.precision", precision, "--name", precision, "--json")
+        found = last_json(midas(*command, *flags, storage=storage))
+        runs = [storage / f"{precision}-midas-seed{seed}" / "history.jsonl" for seed in range(3)]
+        curves[precision] = np.array(
+            [[row["train/loss"] for row in read_history(run)] for run in runs]
+        ).mean(axis=0)
+        accuracy[precision] = found["midas/test/accuracy/mean"]
+        spread[precision] = found["midas/test/accuracy/std"]
+    np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.1)
+    noise = 2 * max(*spread.values(), 0.01)
+    assert accuracy["bf16"] == pytest.approx(accuracy["fp32"], abs=noise)

@@ -227,6 +227,15 @@ def collectives(**config) -> list[str]:
     return called
 
 
+def gradient_storages() -> tuple[int, int]:
+    """In how many pieces of memory gradients lie after a step, and how many they are."""
+    method = tiny_method("joint")
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+    method.train_step(wrap(method), own_part(random_batch(0, 12)), optimizer, START)
+    grads = [p.grad for p in method.parameters() if p.grad is not None]
+    return len({grad.untyped_storage().data_ptr() for grad in grads}), len(grads)
+
+
 def travels() -> list[str]:
     """Starts and ends of the collectives of one step in encoders with BatchNorm, without those of
     DDP."""
@@ -266,6 +275,7 @@ def run_cases() -> dict[str, Any]:
     results: dict[str, Any] = {name: train(**case) for name, case in CASES.items()}
     results["vector_c"] = {labels: vector_c(labels) for labels in ((0, 1, 2, 1), (0, 0, 2, 1))}
     results["collectives"] = {n: collectives(pair_groups=n) for n in (1, 2)}
+    results["gradient_storages"] = gradient_storages()
     results["travels"] = travels()
     results["compressed"] = compressed()
     results["batchnorm"] = {dtype: batchnorm(dtype) for dtype in (torch.float32, torch.float64)}

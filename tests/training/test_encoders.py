@@ -321,3 +321,21 @@ def test_names_that_torch_uses_are_refused(name: str):
     parts = [ModalitySpec(name, "vector", (3,)), ModalitySpec("other", "vector", (3,))]
     with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
         build_model(ModelConfig(), parts, 2, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["small_cnn", "resnet18"])
+@pytest.mark.parametrize(
+    ("modality", "shape"), [("image", (3, 64, 64)), ("frames", (2, 3, 64, 64)), ("audio", (70, 64))]
+)
+def test_convolutions_are_channels_last_to_the_end(kind: str, modality, shape: tuple[int, ...]):
+    """Also of spectrograms, whose one channel is in any layout."""
+    encoder = build(EncoderConfig(kind=kind), modality, shape)
+    outputs = []
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+            layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    encoder(torch.rand(2, *shape))
+    assert outputs
+    for output in outputs:
+        assert output.shape[1] > 1
+        assert output.is_contiguous(memory_format=torch.channels_last)

@@ -104,6 +104,13 @@ def test_batchnorm_sees_the_global_batch(dtype, atol, one, two):
             torch.testing.assert_close(value, want, atol=atol, rtol=0)
 
 
+def test_gradients_are_views_of_the_buckets_that_travel(one, two):
+    pieces, count = one["gradient_storages"]
+    assert pieces == count > 2
+    for ranks in two:
+        assert ranks["gradient_storages"] == (1, count)
+
+
 def test_statistics_of_one_encoder_travel_while_the_other_computes(one, two):
     """Three encoders, of which one needs no exchange in the backward pass; the loss's sums travel
     beside all of that."""
