@@ -213,6 +213,7 @@ def test_compiled_encoders_compute_the_same(trained: dict, storage: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_bf16_learns_what_fp32_learns(storage: Path):
     """Over three seeds: loss curves, and the test accuracy within its noise."""
     curves, accuracy, spread = {}, {}, {}
