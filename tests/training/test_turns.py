@@ -72,6 +72,24 @@ def test_a_failure_is_raised_and_the_others_clean_up():
     assert cleaned == ["waits"]
 
 
+def test_a_failure_is_raised_though_cleaning_up_fails():
+    cleaned = []
+
+    def waits(name: str) -> None:
+        try:
+            pause()
+        finally:
+            cleaned.append(name)
+            raise OSError("nor is this to be cleaned")
+
+    def fails() -> None:
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        in_turns([lambda: waits("a"), lambda: waits("b"), fails])
+    assert cleaned == ["a", "b"]
+
+
 def test_calls_see_the_settings_of_their_caller():
     token = SETTING.set("mine")
     try:
