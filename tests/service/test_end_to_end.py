@@ -24,8 +24,18 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(storage: Path) -> dict:
-    return last_json(midas("train", "digits", *SMALL, "--name", "whole", "--json", storage=storage))
+def command(storage: Path) -> subprocess.CompletedProcess[str]:
+    return midas("train", "digits", *SMALL, "--name", "whole", "--json", storage=storage)
+
+
+@pytest.fixture(scope="module")
+def trained(command: subprocess.CompletedProcess[str]) -> dict:
+    return last_json(command)
+
+
+def test_what_a_run_chose_is_printed(command: subprocess.CompletedProcess[str]):
+    assert re.search(r"workers: 2 on cpu, threads each: 1, (bf16|fp32)\n", command.stderr)
+    assert re.search(r"feed: one reader gives .* rows/s, training takes .* ahead\n", command.stderr)
 
 
 def test_result_has_the_promised_names(trained: dict):
