@@ -67,10 +67,8 @@ class Host:
 
 
 def idle_cores(device: torch.device, cores: int) -> str | None:
-    """Advice, if the workers of a run leave most of a node's cores alone that could train; None if
-    not, and in a trial of a sweep, beside which others train."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:  # Ray Train sets it
-        return None
+    """Advice, if the workers of this node leave most of its cores alone that could train; None if
+    not."""
     workers, threads = local_workers(), torch.get_num_threads()
     each = cores // workers
     if device.type != "cpu" or each <= 2 * threads:

@@ -30,8 +30,3 @@ def test_workers_that_leave_most_of_a_machine_idle_are_told():
 @pytest.mark.parametrize(("device", "cores"), [(CPU, 2), (CPU, 5), (torch.device("cuda"), 16)])
 def test_nothing_is_said_where_cores_are_few_or_gpus_train(device: torch.device, cores: int):
     assert idle_cores(device, cores) is None
-
-
-def test_a_trial_is_not_told_to_take_the_cores_of_others(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert idle_cores(CPU, 160) is None
