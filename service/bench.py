@@ -60,7 +60,8 @@ def bench(
     """Measure a configuration; nothing of it is kept.
 
     Without a cluster address, processes without Ray take turns with the workers: a group of as
-    many, one alone with the rows of one worker, and as many apart, which do not talk to each other.
+    many, groups of 2, 4, 8, ... below that and one alone, each process with the rows of one worker,
+    and as many apart, which do not talk to each other.
 
     Args:
         config: from `launch.resolve`; its largest number of workers is measured.
@@ -78,10 +79,11 @@ def bench(
         what that many GPUs give dense bf16, where that is known), `rows_per_second` of the reader
         alone, `midas_over_joint` and `midas_over_joint_uni` (time of a step), `ray_over_bare`
         (samples a second against a process group without Ray, with data in memory), `scaling` (of
-        that group against one process), `apart_scaling` (the same of processes that do not talk,
-        all of which then take the same number of steps, and `slowest_scaling` if each were as slow
-        as the slowest, as those that wait for each other are), shares of the loop's time, seconds
-        of the first step and of a step, peak memory, and `limit`, a sentence.
+        that group against one process; `scaling_2`, `scaling_4`, ... of the smaller groups),
+        `apart_scaling` (the same of processes that do not talk, all of which then take the same
+        number of steps, and `slowest_scaling` if each were as slow as the slowest, as those that
+        wait for each other are), shares of the loop's time, seconds of the first step and of a
+        step, peak memory, and `limit`, a sentence.
     """
     began = time.monotonic()
     manifest = load_manifest(data_folder)
@@ -90,7 +92,7 @@ def bench(
     config = config.model_copy(update={"scaling": scaling})
     check_local_capacity(scaling)
     launch.check_plan(config, manifest)
-    bare = _bare(workers) if environment()["RAY_ADDRESS"] is None else {}
+    bare = bare_contenders(workers) if environment()["RAY_ADDRESS"] is None else {}
     payload = launch.base_payload(config, manifest, data_folder) | {"seconds": seconds}
     payload["others"] = bare | {name: [name] for name in others or {}}
     with _folder(config) as folder, ray_session(config, debug=debug):
@@ -109,12 +111,23 @@ def bench(
     }
 
 
-def _bare(workers: int) -> dict[str, list[str]]:
-    """Contenders without Ray -> the processes that are called."""
+def bare_contenders(workers: int) -> dict[str, list[str]]:
+    """Contenders without Ray -> the processes that are called: of a group the first.
+
+    `bare` is the group of as many, `group_2`, `group_4`, ... are the smaller ones, `alone` is one
+    process, `apart` are as many that do not talk to each other.
+    """
     if workers == 1:
         return {"bare": ["single_0"]}
     apart = [f"single_{place}" for place in range(workers)]
-    return {"bare": ["group"], "alone": apart[:1], "apart": apart}
+    smaller = {f"group_{size}": [f"group_{size}"] for size in _group_sizes(workers)[:-1]}
+    return {"bare": [f"group_{workers}"], "alone": apart[:1], "apart": apart, **smaller}
+
+
+def _group_sizes(workers: int) -> list[int]:
+    """2, 4, 8, ... and as many as there are, if they are several."""
+    powers = [1 << power for power in range(1, workers.bit_length())]
+    return [size for size in powers if size < workers] + [workers] * (workers > 1)
 
 
 @contextlib.contextmanager
@@ -141,9 +154,9 @@ def _contenders(
     write_text(folder / "payload.json", json.dumps(payload))
     env = {**os.environ, "OMP_NUM_THREADS": str(scaling.cpus_per_worker), "PYTHONPATH": str(ROOT)}
     output = None if debug else subprocess.DEVNULL
-    places = range(workers)
-    called = [(f"single_{place}", place, 1) for place in places]
-    called += [("group", place, workers) for place in places if workers > 1]
+    called = [(f"single_{place}", place, 1) for place in range(workers)]
+    for size in _group_sizes(workers):
+        called += [(f"group_{size}", place, size) for place in range(size)]
     commands = [
         [sys.executable, "-m", "service.contest", str(folder), *map(str, arguments)]
         for arguments in called
@@ -193,6 +206,10 @@ def summary(turns: Turns, others: Sequence[str] = ()) -> dict[str, Any]:
         result["scaling"] = ratio([*map(rate, bare)], one)
         result["apart_scaling"] = ratio([turn["rate"] for turn in apart], one)
         result["slowest_scaling"] = ratio([turn["slowest_rate"] for turn in apart], one)
+        for name in sorted(turns, key=len):
+            if name.startswith("group_"):
+                rates = [*map(rate, turns[name])]
+                result[f"scaling_{name.removeprefix('group_')}"] = ratio(rates, one)
     for name in others:
         rates = [*map(rate, turns[name])]
         result[f"{name}_over"] = ratio([*map(rate, loop)], rates)

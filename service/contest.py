@@ -4,8 +4,8 @@ One contender is the real loop in Ray Train workers, fed by Ray Data. Its rank 0
 turn it lets every other contender have one, then goes on. The others are single steps of three
 methods on batches in memory, the reader alone, and processes without Ray, started by the driver as
 `python -m service.contest`, that run the same loop on the same batches in memory: a group of as
-many, one alone, and as many apart, which do not talk to each other. These are called by files in a
-folder that all see.
+many, smaller groups, one alone, and as many apart, which do not talk to each other. These are
+called by files in a folder that all see.
 
 A turn takes a fixed number of steps, the same for all, that took the conductor TURN_SECONDS, and
 one before them that does not count: between turns the contenders give their memory back, for
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.order import Order
 from data.schema import Manifest
 from service.config import RunConfig
 from service.files import write_text
@@ -56,7 +57,8 @@ STEPS_TOGETHER = 10
 # The turns are over long before; the stream must not be.
 EPOCHS = 10_000
 METHODS = ("midas", "joint_uni", "joint")
-POLL_SECONDS = 0.01
+# Those that wait must not take time from those that run: at 0.01, each took 2 % of a core.
+POLL_SECONDS = 0.1
 ANSWER_SECONDS = 300.0
 CALL, DONE, END = "call", "done", "end"
 
@@ -342,11 +344,27 @@ def _plain(batch: Batch) -> dict[str, Any]:
     return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
-def _alone(batch: Batch, lanes: range) -> Batch:
-    """A rank's part of a global batch as a global batch; it has the rows of these lanes."""
-    assert batch.lane_rows is not None
-    rows = tuple(rows * (lane in lanes) for lane, rows in enumerate(batch.lane_rows))
-    return replace(batch, lane_rows=rows, global_rows=sum(rows))
+def part_of_fewer(batch: Batch, order: Order, places: range, of: int) -> Batch:
+    """A rank's part of a global batch as that of a smaller one, where every rank has one lane.
+
+    Args:
+        batch: the part of rank `places[rank()]` of `of` ranks.
+        order: the global order it came from.
+        places: those of `of` ranks whose parts make up the smaller batch, one for each rank.
+    """
+    assert batch.lane_rows is not None, "the reader of training rows gives them"
+    lanes = [order.lanes_of(place, of) for place in places]
+    rows = tuple(sum(batch.lane_rows[own.start : own.stop]) for own in lanes)
+    lane = torch.full_like(batch.lane, rank())
+    return replace(batch, lane=lane, num_lanes=len(rows), lane_rows=rows, global_rows=sum(rows))
+
+
+def for_fewer(config: RunConfig, ranks: int) -> RunConfig:
+    """The config for batches of `part_of_fewer`: a pair group has as many workers as before, and
+    not less than one."""
+    groups = config.midas.pair_groups * ranks // config.scaling.max_workers
+    midas = config.midas.model_copy(update={"pair_groups": max(1, min(ranks, groups))})
+    return config.model_copy(update={"midas": midas})
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
@@ -408,12 +426,13 @@ def bare(payload: dict[str, Any], folder: Path, name: str, place: int, device: t
     turns = Turns(folder, name)
     config = steady(RunConfig.model_validate(payload["config"]))
     manifest = Manifest.model_validate(payload["manifest"])
-    stepper = Stepper(config, manifest, device)
-    order, of = make_order(config, manifest), config.scaling.max_workers
+    order, of, fewer = make_order(config, manifest), config.scaling.max_workers, world_size()
     values = torch.load(turns.wait(f"batches-{place}.pt"), weights_only=True)
     kept = [_on(Batch(**value), device) for value in values]
-    if world_size() < of:  # as many rows a process, in smaller batches
-        kept = [_alone(batch, order.lanes_of(place, of)) for batch in kept]
+    if fewer < of:  # as many rows a process, in smaller batches
+        config, places = for_fewer(config, fewer), range(place - rank(), place - rank() + fewer)
+        kept = [part_of_fewer(batch, order, places, of) for batch in kept]
+    stepper = Stepper(config, manifest, device)
     source, steps = cycle(kept), order.num_steps
 
     def between(numbers: Numbers) -> int:

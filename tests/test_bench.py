@@ -19,11 +19,31 @@ pytestmark = pytest.mark.ray  # another process, not Ray; the fast part stays fa
         ("decode.py", ("--clips", "2", "--rounds", "1"), "ratio_jpg"),
         ("storage.py", ("--clips", "16", "--rounds", "1"), "forms"),
         ("augment.py", ("--clips", "2", "--rounds", "1"), "train_batched_over_bytes"),
+        (
+            "ordered_stream.py",
+            ("--files", "4", "--epochs", "1", "--rounds", "1", "--window-mib", "32"),
+            "ordered_over_pyarrow",
+        ),
+        pytest.param(
+            "memory.py",
+            ("--files", "2", "--rounds", "1", "--window-mib", "8"),
+            "microseconds_per_row_ratio_16x",
+            marks=pytest.mark.slow,
+        ),
+        ("batchnorm.py", ("--seconds", "1", "--rows", "2"), "in_turns_over_local"),
+        ("cores.py", ("--seconds", "2"), "bfloat16"),
+        ("startup.py", ("--rounds", "1", "--epochs", "2"), "warm/first_step"),
+        pytest.param(
+            "train_speed.py",
+            ("--clips", "48", "--rows", "4", "--seconds", "1"),
+            "ray_over_bare",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_data_benches_print_one_json_line(script: str, flags: tuple[str, ...], number: str):
+def test_benches_print_one_json_line(script: str, flags: tuple[str, ...], number: str):
     done = subprocess.run(
-        [sys.executable, str(BENCH / script), *flags], capture_output=True, text=True, timeout=200
+        [sys.executable, str(BENCH / script), *flags], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

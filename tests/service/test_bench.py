@@ -1,12 +1,22 @@
 """`midas bench`: the report made of turns, and the command on real Ray."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from service.bench import limit, summary, work
-from service.contest import TheEnd, Turns
-from tests.service.cli import SMALL, last_json, midas
+from data.folder import Folder
+from data.prepare import prepare
+from data.schema import Manifest
+from service.bench import bare_contenders, limit, summary, work
+from service.config import RunConfig, load_preset
+from service.contest import TheEnd, Turns, for_fewer
+from service.launch import base_payload
+from service.rows import make_order
+from tests.service.cli import SMALL, last_json, midas, until
 
 LOOP = {"seconds": 2.0, "steps": 10, "rows": 640, "step_p50": 0.2, "step_p95": 0.3}
 
@@ -51,6 +61,25 @@ def test_one_worker_and_a_cluster_have_no_scaling():
     assert "ray_over_bare" not in summary(found)
 
 
+def test_groups_of_powers_of_two_show_how_training_scales():
+    assert bare_contenders(1) == {"bare": ["single_0"]}
+    assert set(bare_contenders(2)) == {"bare", "alone", "apart"}
+    assert {"group_2", "group_4"} < set(bare_contenders(5))
+    assert bare_contenders(5)["bare"] == ["group_5"]
+    assert "group_4" not in bare_contenders(4)
+    smaller = [{"seconds": 1.6, "rows": 320}, {"seconds": 3.2, "rows": 320}]
+    report = summary(turns() | {"group_16": smaller, "group_2": smaller})
+    assert report["scaling_2"] == pytest.approx(1.0)
+    assert [name for name in report if name.startswith("scaling_")] == ["scaling_2", "scaling_16"]
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(1, 1), (2, 1), (4, 2), (8, 2)])
+def test_a_pair_group_of_fewer_workers_has_at_least_one(groups: int, expected: int):
+    values = {"midas": {"pair_groups": groups}, "scaling": {"num_workers": 4}}
+    config = RunConfig.model_validate(load_preset("digits").model_dump() | values)
+    assert for_fewer(config, 2).midas.pair_groups == expected
+
+
 def test_work_is_compared_with_gpus_that_are_known():
     assert work(4 * 10**12, 2.0, None, 2) == {"model_tflops": 2.0}
     known = work(989 * 10**12, 2.0, "NVIDIA H100 80GB HBM3", 2)
@@ -93,6 +122,57 @@ def test_a_contender_waits_for_its_turns_and_hears_the_end(tmp_path: Path):
     (tmp_path / "end").write_text("")
     with pytest.raises(TheEnd):
         mine.next({"seconds": 2.5})
+
+
+def leave_batch(folder: Path, config: RunConfig, manifest: Manifest, place: int) -> int:
+    """The part of `place` of a global batch, as a worker leaves it; returns its rows."""
+    order = make_order(config, manifest)
+    lane_rows = [order.batch_rows(0, range(lane, lane + 1)) for lane in range(order.lanes)]
+    lane = torch.tensor(
+        [own for own in order.lanes_of(place, 3) for _ in range(lane_rows[own])], dtype=torch.int64
+    )
+    inputs = {
+        m.name: torch.rand(len(lane), *m.shape).to(getattr(torch, m.dtype))
+        for m in manifest.modalities
+    }
+    number = torch.arange(len(lane))
+    values = {
+        **{"inputs": inputs, "label": number % len(manifest.classes), "sample_id": number},
+        **{"lane": lane, "num_lanes": order.lanes, "global_rows": sum(lane_rows)},
+        "lane_rows": tuple(lane_rows),
+    }
+    torch.save([values], folder / f"batches-{place}.pt")
+    return len(lane)
+
+
+@pytest.mark.ray  # other processes, not Ray
+def test_fewer_processes_train_with_the_rows_of_their_places(tmp_path: Path):
+    manifest = prepare(load_preset("digits").data, tmp_path / "shards").manifest
+    values = load_preset("digits").model_dump() | {
+        **{"scaling": {"num_workers": 3}, "name": "bench", "storage": str(tmp_path)}
+    }
+    config = RunConfig.model_validate(values)
+    payload = base_payload(config, manifest, Folder.at(tmp_path / "shards"))
+    (tmp_path / "payload.json").write_text(json.dumps(payload))
+    rows = [leave_batch(tmp_path, config, manifest, place) for place in range(3)]
+    assert sorted(rows) == [16, 24, 24]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "service.contest", str(tmp_path), *map(str, arguments)]
+        )
+        for arguments in (("group_2", 0, 2), ("group_2", 1, 2), ("single_2", 2, 1))
+    ]
+    try:
+        for name, expected in (("group_2", sum(rows[:2])), ("single_2", rows[2])):
+            (tmp_path / f"call-{name}-1").write_text("4")
+            answer = tmp_path / f"done-{name}-1"
+            until(answer.exists)
+            assert json.loads(answer.read_text())["rows"] == 4 * expected
+        (tmp_path / "end").write_text("")
+        assert [process.wait(60) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.ray
