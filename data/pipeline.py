@@ -53,23 +53,18 @@ def node_resources() -> tuple[int, int]:
 
 
 class _Pace(ExecutionCallback):
-    """Rests Ray Data's scheduling loop for up to a second while nobody waits for its output or
-    takes some.
+    """Lets Ray Data's scheduling loop run ten times a second while nobody waits for its output.
 
     The loop does not wait while its output is full: it would spin, in a thread of the training
-    process, and take half of a one-core worker's time (step time 0.25 s against 0.07 s). At ten
-    rounds a second it still took 2.5 % of a core.
+    process, and take half of a one-core worker's time (step time 0.25 s against 0.07 s). At 50
+    rounds a second it still took 7 % of a core.
     """
 
     def on_execution_step(self, executor: "StreamingExecutor") -> None:
         assert executor._output_node is not None
         _, state = executor._output_node
-        ready = len(state.output_queue)
-        for _ in range(20):
-            taken = len(state.output_queue) != ready
-            if taken or state.num_waiting_consumers or executor._shutdown:
-                return
-            time.sleep(0.05)
+        if state.num_waiting_consumers == 0:
+            time.sleep(0.1)
 
 
 class _PlannedReads(Datasource):
