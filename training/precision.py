@@ -17,21 +17,24 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 HALF: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Narrower attention is up to twice as slow in bf16 on CPUs with AMX, all else is faster.
-MIN_CPU_ATTENTION = 192
+# Narrower attention is up to twice as slow in bf16 on CPUs with AMX, all else is faster. With the
+# bf16 products of AVX-512 alone it is as fast (width 32) or faster.
+MIN_AMX_ATTENTION = 192
 AMPERE = (8, 0)
 INITIAL_SCALE = 2.0**16
 GROWTH_STEPS = 2000
 
 
 def best_precision(device: torch.device, model: nn.Module) -> Precision:
-    """bf16 where the processor is faster with it, else fp32: on GPUs from Ampere on, and on CPUs
-    with AMX, unless the model has attention narrower than MIN_CPU_ATTENTION."""
+    """bf16 where the processor is faster with it, else fp32: on GPUs from Ampere on, on CPUs with
+    AMX, unless the model has attention narrower than MIN_AMX_ATTENTION, and on those that multiply
+    bf16 without it (AVX512_BF16)."""
     if device.type == "cuda":
         good = torch.cuda.get_device_capability(device) >= AMPERE
+    elif torch.cpu._is_amx_tile_supported():
+        good = min(_attention_widths(model), default=math.inf) >= MIN_AMX_ATTENTION
     else:
-        narrowest = min(_attention_widths(model), default=math.inf)
-        good = torch.cpu._is_amx_tile_supported() and narrowest >= MIN_CPU_ATTENTION
+        good = torch.cpu._is_avx512_bf16_supported()
     return "bf16" if good else "fp32"
 
 

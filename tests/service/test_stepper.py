@@ -31,11 +31,12 @@ def stepper(manifest: Manifest, **train) -> Stepper:
     return Stepper(preset.model_copy(update={"train": changed}), manifest, CPU)
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_auto_takes_the_best_and_a_checkpoint_keeps_what_it_had(manifest, monkeypatch, amx):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+@pytest.mark.parametrize("good", [True, False])
+def test_auto_takes_the_best_and_a_checkpoint_keeps_what_it_had(manifest, monkeypatch, good):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: good)
     found = stepper(manifest)
-    assert found.precision == ("bf16" if amx else "fp32")
+    assert found.precision == ("bf16" if good else "fp32")
     for kept in ("fp32", "bf16"):
         found.keep_precision({"precision": kept})
         assert found.precision == kept
