@@ -31,6 +31,9 @@ READS_PER_EXECUTION = 1000
 RESULT_BYTES = 1 << 20
 ITEMS_PER_EXECUTION = 512  # items are stored like tasks, and may hold arrays
 
+# Seconds that Ray Data's scheduler rests, and between looks at whether it should go on.
+SHORTEST_REST, LONGEST_REST, POLL = 0.1, 1.0, 0.05
+
 
 @dataclass(frozen=True)
 class ReadAhead:
@@ -53,18 +56,31 @@ def node_resources() -> tuple[int, int]:
 
 
 class _Pace(ExecutionCallback):
-    """Lets Ray Data's scheduling loop run ten times a second while nobody waits for its output.
+    """Rests Ray Data's scheduling loop while nobody waits for its output: a tenth of a second, and
+    twice as long each time it finds nothing new, up to a second, until a table is taken.
 
     The loop does not wait while its output is full: it would spin, in a thread of the training
     process, and take half of a one-core worker's time (step time 0.25 s against 0.07 s). At 50
-    rounds a second it still took 7 % of a core.
+    rounds a second it still took 7 % of a core, at ten 2.5 %.
     """
+
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+        self._rest = SHORTEST_REST
 
     def on_execution_step(self, executor: "StreamingExecutor") -> None:
         assert executor._output_node is not None
+        assert executor._topology is not None
         _, state = executor._output_node
-        if state.num_waiting_consumers == 0:
-            time.sleep(0.1)
+        ready = len(state.output_queue)
+        found = [ready, *(operator.num_active_tasks() for operator in executor._topology)]
+        self._rest = min(2 * self._rest, LONGEST_REST) if found == self._seen else SHORTEST_REST
+        self._seen = found
+        until = time.monotonic() + self._rest
+        while len(state.output_queue) == ready and time.monotonic() < until:
+            if state.num_waiting_consumers or executor._shutdown:
+                return
+            time.sleep(POLL)
 
 
 class _PlannedReads(Datasource):

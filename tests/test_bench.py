@@ -31,6 +31,7 @@ pytestmark = pytest.mark.ray  # another process, not Ray; the fast part stays fa
             marks=pytest.mark.slow,
         ),
         ("batchnorm.py", ("--seconds", "1", "--rows", "2"), "in_turns_over_local"),
+        ("precision.py", ("--rows", "2", "--rounds", "1", "--scale", "0.3"), "fp32_over_bf16"),
         ("cores.py", ("--seconds", "2"), "bfloat16"),
         ("startup.py", ("--rounds", "1", "--epochs", "2"), "warm/first_step"),
         pytest.param(
@@ -63,7 +64,9 @@ def test_method_step_prints_one_json_line():
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     result = json.loads(done.stdout)
-    assert {"cpu", "cores", "threads", "torch", "load_average", "commit"} == set(result["machine"])
+    assert {"bf16", "commit", "cores", "cpu", "load_average", "threads", "torch"} == set(
+        result["machine"]
+    )
     assert result["config"] == config
     assert set(result["step_seconds"]) == {"midas", "joint_uni", "joint"}
     assert all(seconds > 0 for seconds in result["step_seconds"].values())

@@ -100,8 +100,13 @@ def machine(threads: int) -> dict[str, str | int | float]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    products = {
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "avx512": torch.cpu._is_avx512_bf16_supported(),
+    }
     return {
         "cpu": models[0] if models else platform.processor(),
+        "bf16": next((name for name, has in products.items() if has), "none"),
         "cores": os.cpu_count() or 0,
         "threads": threads,
         "torch": torch.__version__,

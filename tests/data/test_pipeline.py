@@ -14,6 +14,7 @@ from data import pipeline
 from data.order import Order, chunk_reads
 from data.pipeline import (
     ReadAhead,
+    _Pace,
     eval_stream,
     node_resources,
     run_reads,
@@ -246,6 +247,23 @@ def test_a_paused_stream_does_not_read_on(reader: ShardReader, tmp_path_factory)
     time.sleep(3)
     assert len(list(folder.iterdir())) <= 2 + AHEAD.windows + AHEAD.readers
     assert [table["name"][0].as_py() for table in tables] == list(range(1, 40))
+
+
+def test_the_scheduler_of_a_paused_stream_rests(
+    reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+):
+    rounds, rest = [], _Pace.on_execution_step
+    monkeypatch.setattr(
+        *(_Pace, "on_execution_step"), lambda pace, executor: rounds.append(rest(pace, executor))
+    )
+    order = make_order(reader)
+    training = train_stream(reader, order, rank=0, world_size=1, epochs=range(5), ahead=AHEAD)
+    next(training)
+    time.sleep(2)  # it reads what it may
+    before = len(rounds)
+    time.sleep(3)
+    assert len(rounds) - before <= 6
+    assert len(list(training)) == 5 * order.num_steps - 1
 
 
 def test_tasks_of_a_large_set_are_small(reader: ShardReader):
