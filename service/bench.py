@@ -83,7 +83,8 @@ def bench(
         `apart_scaling` (the same of processes that do not talk, all of which then take the same
         number of steps, and `slowest_scaling` if each were as slow as the slowest, as those that
         wait for each other are), shares of the loop's time, seconds of the first step and of a
-        step, peak memory, and `limit`, a sentence.
+        step, peak memory, and `limit`, a sentence; `ranges` has the lowest and the highest turn of
+        every median.
     """
     began = time.monotonic()
     manifest = load_manifest(data_folder)
@@ -179,47 +180,47 @@ def _contenders(
 
 
 def summary(turns: Turns, others: Sequence[str] = ()) -> dict[str, Any]:
-    """Medians and ratios from the contenders' turns; see `bench`."""
+    """Medians and ratios from the contenders' turns, and their `ranges`; see `bench`."""
     loop, memory = turns["loop"], turns["memory"]
+    found: dict[str, list[float]] = {}
 
-    def rate(turn: dict[str, float]) -> float:
-        return turn["rows"] / turn["seconds"]
+    def rates(name: str) -> list[float]:
+        return [turn["rows"] / turn["seconds"] for turn in turns[name]]
 
-    def ratio(over: list[float], under: list[float]) -> float:
-        return median(a / b for a, b in zip(over, under, strict=True))
+    def ratio(over: list[float], under: list[float]) -> list[float]:
+        return [a / b for a, b in zip(over, under, strict=True)]
 
-    result: dict[str, Any] = {
-        "samples_per_second": median(map(rate, loop)),
-        "model_samples_per_second": median(turn["rows"] / turn["midas"] for turn in memory),
-        "model_step_seconds": median(turn["midas"] for turn in memory),
-        "rows_per_second": median(turn["rows_per_second"] for turn in turns["reader"]),
-        "midas_over_joint": median(turn["midas"] / turn["joint"] for turn in memory),
-        "midas_over_joint_uni": median(turn["midas"] / turn["joint_uni"] for turn in memory),
+    found["samples_per_second"] = rates("loop")
+    found["model_samples_per_second"] = [turn["rows"] / turn["midas"] for turn in memory]
+    found["model_step_seconds"] = [turn["midas"] for turn in memory]
+    found["rows_per_second"] = [turn["rows_per_second"] for turn in turns["reader"]]
+    for control in ("joint", "joint_uni"):
+        found[f"midas_over_{control}"] = [turn["midas"] / turn[control] for turn in memory]
+    if "bare" in turns:
+        found["ray_over_bare"] = ratio(rates("loop"), rates("bare"))
+        found["bare_samples_per_second"] = rates("bare")
+    if "bare" in turns and "alone" in turns:
+        one, apart = rates("alone"), turns["apart"]
+        found["scaling"] = ratio(rates("bare"), one)
+        found["apart_scaling"] = ratio([turn["rate"] for turn in apart], one)
+        found["slowest_scaling"] = ratio([turn["slowest_rate"] for turn in apart], one)
+        for name in sorted(turns, key=len):
+            if name.startswith("group_"):
+                found[f"scaling_{name.removeprefix('group_')}"] = ratio(rates(name), one)
+    for name in others:
+        found[f"{name}_over"] = ratio(rates("loop"), rates(name))
+        found[f"{name}_samples_per_second"] = rates(name)
+    for share in ("wait", "prepare", "exchange", "optimizer"):
+        name = "data_wait" if share == "wait" else share
+        found[f"{name}_share"] = [turn.get(f"{share}_share", 0.0) for turn in loop]
+    for name in ("step_p50", "step_p95"):
+        found[f"{name}_seconds"] = [turn[name] for turn in loop]
+    return {
+        **{name: median(values) for name, values in found.items()},
+        "ranges": {name: [min(values), max(values)] for name, values in found.items()},
         "rounds": len(loop),
         "steps_per_turn": loop[0]["steps"],
     }
-    if bare := turns.get("bare"):
-        result["ray_over_bare"] = ratio([*map(rate, loop)], [*map(rate, bare)])
-        result["bare_samples_per_second"] = median(map(rate, bare))
-    if bare and "alone" in turns:
-        one, apart = [*map(rate, turns["alone"])], turns["apart"]
-        result["scaling"] = ratio([*map(rate, bare)], one)
-        result["apart_scaling"] = ratio([turn["rate"] for turn in apart], one)
-        result["slowest_scaling"] = ratio([turn["slowest_rate"] for turn in apart], one)
-        for name in sorted(turns, key=len):
-            if name.startswith("group_"):
-                rates = [*map(rate, turns[name])]
-                result[f"scaling_{name.removeprefix('group_')}"] = ratio(rates, one)
-    for name in others:
-        rates = [*map(rate, turns[name])]
-        result[f"{name}_over"] = ratio([*map(rate, loop)], rates)
-        result[f"{name}_samples_per_second"] = median(rates)
-    for share in ("wait", "prepare", "exchange", "optimizer"):
-        name = "data_wait" if share == "wait" else share
-        result[f"{name}_share"] = median(turn.get(f"{share}_share", 0.0) for turn in loop)
-    for name in ("step_p50", "step_p95"):
-        result[f"{name}_seconds"] = median(turn[name] for turn in loop)
-    return result
 
 
 def work(flops: int, seconds: float, gpu: str | None, workers: int) -> dict[str, Any]:

@@ -136,11 +136,14 @@ class Console:
 
     def bench(self, result: Mapping[str, Any]) -> None:
         """Prints what was measured, and what limits it."""
-        rows = [
-            (name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
-            for name, value in result.items()
-            if name != "limit"
-        ]
+        rows = []
+        for name, value in result.items():
+            text = f"{value:,.4g}" if isinstance(value, float) else str(value)
+            if name in result["ranges"]:
+                low, high = result["ranges"][name]
+                text += f"  ({low:,.4g} to {high:,.4g})"
+            if name not in ("limit", "ranges"):
+                rows.append((name.replace("_", " "), text))
         self.out.print(_two_columns(rows))
         self.out.print(Text(f"limited by {result['limit']}"), soft_wrap=True)
 

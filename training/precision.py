@@ -17,24 +17,22 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 HALF: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Narrower attention is up to twice as slow in bf16 on CPUs with AMX, all else is faster. With the
-# bf16 products of AVX-512 alone it is as fast (width 32) or faster.
-MIN_AMX_ATTENTION = 192
+# On CPUs narrower attention is as slow in bf16 or slower, up to twice; all else but mlp is faster.
+MIN_CPU_ATTENTION = 192
 AMPERE = (8, 0)
 INITIAL_SCALE = 2.0**16
 GROWTH_STEPS = 2000
 
 
 def best_precision(device: torch.device, model: nn.Module) -> Precision:
-    """bf16 where the processor is faster with it, else fp32: on GPUs from Ampere on, on CPUs with
-    AMX, unless the model has attention narrower than MIN_AMX_ATTENTION, and on those that multiply
-    bf16 without it (AVX512_BF16)."""
+    """bf16 where the processor is faster with it, else fp32: on GPUs from Ampere on, and on CPUs
+    that multiply bf16 (AMX or AVX512_BF16), unless the model has attention narrower than
+    MIN_CPU_ATTENTION."""
     if device.type == "cuda":
         good = torch.cuda.get_device_capability(device) >= AMPERE
-    elif torch.cpu._is_amx_tile_supported():
-        good = min(_attention_widths(model), default=math.inf) >= MIN_AMX_ATTENTION
     else:
-        good = torch.cpu._is_avx512_bf16_supported()
+        products = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        good = products and min(_attention_widths(model), default=math.inf) >= MIN_CPU_ATTENTION
     return "bf16" if good else "fp32"
 
 

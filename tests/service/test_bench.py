@@ -51,6 +51,8 @@ def test_ratios_are_taken_turn_by_turn():
     assert report["data_wait_share"] == pytest.approx(0.015)
     assert report["released_over"] == pytest.approx(10.0)
     assert report["rounds"] == 2
+    assert report["ranges"]["samples_per_second"] == pytest.approx([160, 320])
+    assert report["ranges"]["ray_over_bare"] == pytest.approx([0.8, 0.8])
 
 
 def test_one_worker_and_a_cluster_have_no_scaling():
@@ -191,4 +193,6 @@ def test_bench_of_a_small_set(tmp_path: Path):
         assert 0 <= result[f"{share}_share"] < 1
     assert result["workers"] == 2
     assert result["limit"]
+    low, high = result["ranges"]["ray_over_bare"]
+    assert low <= result["ray_over_bare"] <= high
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # nothing is left behind

@@ -61,7 +61,7 @@ def test_double_precision_is_double_throughout():
     assert {value.dtype for value in features.values()} == {torch.float64}
 
 
-def test_auto_asks_the_processor_and_avoids_narrow_attention_with_amx(monkeypatch):
+def test_auto_asks_the_processor_and_avoids_narrow_attention(monkeypatch):
     image = ModalitySpec("image", "image", (1, 8, 8))
     text = ModalitySpec("text", "text", (4,), vocab_size=10)
     narrow = ModelConfig(encoders={"text": EncoderConfig(width=64)})
@@ -71,11 +71,10 @@ def test_auto_asks_the_processor_and_avoids_narrow_attention_with_amx(monkeypatc
         build_model(narrow, [image, text], 3, 0),
         build_model(wide, [image, text], 3, 0),
     ]
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert [best_precision(CPU, model) for model in models] == ["bf16", "fp32", "bf16"]
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert [best_precision(CPU, model) for model in models] == ["bf16"] * 3
+    for amx, avx in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert [best_precision(CPU, model) for model in models] == ["bf16", "fp32", "bf16"]
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert [best_precision(CPU, model) for model in models] == ["fp32"] * 3
 
