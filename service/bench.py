@@ -83,8 +83,8 @@ def bench(
         `apart_scaling` (the same of processes that do not talk, all of which then take the same
         number of steps, and `slowest_scaling` if each were as slow as the slowest, as those that
         wait for each other are), shares of the loop's time, seconds of the first step and of a
-        step, peak memory, and `limit`, a sentence; `ranges` has the lowest and the highest turn of
-        every median.
+        step, peak memory, and `limit`, a sentence. With every median come the lowest and the
+        highest turn, `<name>_min` and `<name>_max`.
     """
     began = time.monotonic()
     manifest = load_manifest(data_folder)
@@ -180,7 +180,7 @@ def _contenders(
 
 
 def summary(turns: Turns, others: Sequence[str] = ()) -> dict[str, Any]:
-    """Medians and ratios from the contenders' turns, and their `ranges`; see `bench`."""
+    """Medians and ratios from the contenders' turns, with lowest and highest; see `bench`."""
     loop, memory = turns["loop"], turns["memory"]
     found: dict[str, list[float]] = {}
 
@@ -215,9 +215,12 @@ def summary(turns: Turns, others: Sequence[str] = ()) -> dict[str, Any]:
         found[f"{name}_share"] = [turn.get(f"{share}_share", 0.0) for turn in loop]
     for name in ("step_p50", "step_p95"):
         found[f"{name}_seconds"] = [turn[name] for turn in loop]
+    lowest = {f"{name}_min": min(values) for name, values in found.items()}
+    highest = {f"{name}_max": max(values) for name, values in found.items()}
     return {
         **{name: median(values) for name, values in found.items()},
-        "ranges": {name: [min(values), max(values)] for name, values in found.items()},
+        **lowest,
+        **highest,
         "rounds": len(loop),
         "steps_per_turn": loop[0]["steps"],
     }

@@ -136,13 +136,14 @@ class Console:
 
     def bench(self, result: Mapping[str, Any]) -> None:
         """Prints what was measured, and what limits it."""
+        spread = {name for name in result if f"{name}_min" in result}
+        ends = {f"{name}_{end}" for name in spread for end in ("min", "max")}
         rows = []
         for name, value in result.items():
             text = f"{value:,.4g}" if isinstance(value, float) else str(value)
-            if name in result["ranges"]:
-                low, high = result["ranges"][name]
-                text += f"  ({low:,.4g} to {high:,.4g})"
-            if name not in ("limit", "ranges"):
+            if name in spread:
+                text += f"  ({result[f'{name}_min']:,.4g} to {result[f'{name}_max']:,.4g})"
+            if name != "limit" and name not in ends:
                 rows.append((name.replace("_", " "), text))
         self.out.print(_two_columns(rows))
         self.out.print(Text(f"limited by {result['limit']}"), soft_wrap=True)

@@ -293,6 +293,14 @@ def test_plan_prints_every_entry() -> None:
     assert compact(out.getvalue()) == ["rows/train 100", "storage /s"]
 
 
+def test_a_bench_shows_medians_with_their_range_and_the_limit() -> None:
+    console, out, _ = make_console()
+    spread = {"scaling": 1.64, "scaling_min": 1.5, "scaling_max": 1.8}
+    console.bench({**spread, "workers": 2, "limit": "the model"})
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert lines == ["scaling 1.64 (1.5 to 1.8)", "workers 2", "limited by the model"]
+
+
 def test_json_mode_leaves_stdout_to_one_json_line() -> None:
     console, out, err = make_console(json_mode=True)
     console.metrics_table(RESULT)
