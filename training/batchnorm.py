@@ -114,9 +114,8 @@ class _Arrive(torch.autograd.Function):
         del arrival.saved, arrival.sums
         slope_C = -sums["dot"] * invstd_C / count
         shift_C = -sums["plain"] / count - slope_C * mean_C
-        shape = [1, -1, *[1] * (input.dim() - 2)]
         slope, shift, scale = (
-            value.to(input.dtype).reshape(shape)
+            _per_channel(value, input)
             for value in (slope_C, shift_C * weight_C * invstd_C, weight_C * invstd_C)
         )
         grad = torch.addcmul(grads[0], input, slope)
@@ -166,6 +165,14 @@ class _Normalise(torch.autograd.Function):
             # Detached, or it would hold what holds it until its other half has run.
             ctx.arrival.saved = (input.detach(), mean_C, weight_C, invstd_C, ctx.count)
         return grads[0], grad_weight_C, grad_bias_C, None, None, None, None, None
+
+
+def _per_channel(value_C: Tensor, input: Tensor) -> Tensor:
+    """`value_C` in the type of `input`, shaped to go with it: (1, C, 1, ...); on CPUs spread over
+    one row, (1, C, ...), as torch's loops over a broadcast operand are only C elements long there.
+    """
+    value = value_C.to(input.dtype).reshape(1, -1, *[1] * (input.dim() - 2))
+    return torch.empty_like(input[:1]).copy_(value) if input.device.type == "cpu" else value
 
 
 def _wide(input: Tensor) -> torch.dtype:
